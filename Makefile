@@ -1,0 +1,45 @@
+# `make demo` and `make test` need only python3 (3.10 or newer) with pip: they make .venv themselves.
+
+PYTHON ?= python3
+# More arguments for pytest: make test PYTEST_ARGS="-k optimizer"
+PYTEST_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint test-oldest benchmarks clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+# The stamp comes last, so an interrupted installation starts afresh, as does one older than setup.cfg.
+# The dev extra has what every target needs, so one installation serves them all.
+$(STAMP): setup.cfg
+	$(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# TensorFlow's start-up notices would bury what these two print.
+demo benchmarks: export TF_CPP_MIN_LOG_LEVEL = 2
+
+demo: $(STAMP)  ## train the digits example
+	$(RUN) examples/digits.py
+
+test: $(STAMP)  ## run the test suite
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## check style and formatting
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
+test-oldest: $(STAMP)  ## run the suite on the oldest supported TensorFlow and Keras
+	$(RUN) -m nox --session tests_oldest -- $(PYTEST_ARGS)
+
+benchmarks: $(STAMP)  ## measure the cost of a micro-step
+	$(RUN) benchmarks/overhead.py
+
+clean:  ## remove the environments, caches and builds
+	rm -rf .venv .nox .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

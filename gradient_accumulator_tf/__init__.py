@@ -1,0 +1,11 @@
+"""Gradient accumulation for Keras on TensorFlow: a large batch in a micro-batch's memory."""
+
+from gradient_accumulator_tf._compat import check_installation as _check_installation
+
+_check_installation()
+
+from gradient_accumulator_tf.model import GradientAccumulateModel  # noqa: E402
+from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["GradientAccumulateModel", "GradientAccumulateOptimizer", "__version__"]

@@ -1,0 +1,35 @@
+"""Argument checks with one form of message: the rule, what was received, what to do instead."""
+
+import numbers
+
+
+def check_positive_int(name, value, meaning):
+    """Returns `value` as a Python int, or raises if it is not a whole number of at least 1.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+        meaning: What one unit of it is, for the message ("micro-batches per update").
+
+    Raises:
+        TypeError: If `value` is not an integer (a bool is not).
+        ValueError: If it is smaller than 1.
+    """
+    rule = f"`{name}` must be an integer >= 1 ({meaning})."
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{rule} Received: {name}={value!r} (of type {type(value).__name__}). "
+            f"Pass a whole number such as {name}=8."
+        )
+    if value < 1:
+        raise ValueError(
+            f"{rule} Received: {name}={value!r}. Pass {name}=1 to train without accumulation."
+        )
+    return int(value)
+
+
+def refuse_arguments(owner, arguments, instead):
+    """Raises if any of `arguments` (a dict of keyword arguments) was passed to `owner`."""
+    if arguments:
+        received = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise ValueError(f"{owner} does not take these arguments. Received: {received}. {instead}")

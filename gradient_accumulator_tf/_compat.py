@@ -1,0 +1,139 @@
+"""The only file that knows a Keras or TensorFlow version, or uses their private API.
+
+Every entry says why it is needed and on which versions it was run; `tests/test_compat.py` has a
+test for each that fails when Keras has changed underneath it or when the entry can go.
+"""
+
+import contextlib
+import os
+
+OLDEST_TENSORFLOW = (2, 16)
+OLDEST_KERAS = (3, 8)
+
+
+def _version_tuple(version):
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def check_installation():
+    """Raises ImportError unless Keras 3 runs on TensorFlow, both recent enough."""
+    remedy = 'Install them with: pip install "tensorflow>=2.16" "keras>=3.8"'
+    # Keras imports its backend at once, so a missing jax or torch would hide the reason.
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if backend == "tensorflow":
+        import keras
+
+        if keras.__version__.startswith("2."):
+            raise ImportError(
+                "gradient_accumulator_tf needs Keras 3 (3.8 or newer). "
+                f"Received: keras {keras.__version__}. {remedy}"
+            )
+        backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise ImportError(
+            "gradient_accumulator_tf accumulates in TensorFlow variables and needs Keras to run "
+            f"on the TensorFlow backend. Received: the {backend} backend. Install tensorflow and "
+            "set the environment variable KERAS_BACKEND=tensorflow (or `backend` in "
+            "~/.keras/keras.json) before Keras is imported."
+        )
+    import tensorflow as tf
+
+    for name, version, oldest in (
+        ("tensorflow", tf.__version__, OLDEST_TENSORFLOW),
+        ("keras", keras.__version__, OLDEST_KERAS),
+    ):
+        if _version_tuple(version) < oldest:
+            raise ImportError(
+                f"gradient_accumulator_tf needs {name} {'.'.join(map(str, oldest))} or newer. "
+                f"Received: {name} {version}. {remedy}"
+            )
+
+
+def variable_key(optimizer, variable):
+    """Hashable identity of a trainable variable, whether Keras's or the `tf.Variable` inside it.
+
+    `Optimizer._var_key` (Keras 3.8 to 3.15): no public function knows that a Keras variable, its
+    `tf.Variable` and a replica's copy of it are the same.
+    """
+    return optimizer._var_key(variable)
+
+
+def call_has_training_argument(layer):
+    """Whether `layer.call` takes `training` (`Layer._call_has_training_arg`, Keras 3.8 to 3.15)."""
+    return layer._call_has_training_arg
+
+
+def compute_loss(model, x, y, y_pred, sample_weight):
+    """`model.compute_loss` for training, whether or not an override takes `training`.
+
+    `Trainer._compute_loss` (Keras 3.8 to 3.15), which Keras's own `train_step` calls.
+    """
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+
+def track_loss(model, loss, batch_size):
+    """Adds a step's loss to the loss in the logs (`Trainer._loss_tracker`, Keras 3.8 to 3.15)."""
+    model._loss_tracker.update_state(loss, sample_weight=batch_size)
+
+
+def build_for_training(model, data):
+    """Creates the model's, its losses' and its metrics' variables from the shapes in `data`.
+
+    `Trainer._symbolic_build` (Keras 3.8 to 3.15): Keras calls it itself under a strategy; we need
+    it because a loop's body cannot be the first to create what the loop carries.
+    """
+    model._symbolic_build(data_batch=data)
+
+
+@contextlib.contextmanager
+def replaced_losses(model, replace):
+    """Puts `replace(index, loss)` in place of each of the model's compiled losses.
+
+    The metrics that Keras keeps per output are left alone meanwhile: they are to be told the
+    effective batch's loss, not a micro-batch's. `CompileLoss._flat_losses` and `_metrics`
+    (Keras 3.8 to 3.15); the model must be built for training. Yields the number of losses.
+    """
+    compiled = model._compile_loss
+    if compiled is None:
+        yield 0
+        return
+    losses, metrics = compiled._flat_losses, list(compiled._metrics)
+    compiled._flat_losses = [
+        entry._replace(loss=replace(i, entry.loss)) for i, entry in enumerate(losses)
+    ]
+    compiled._metrics[:] = [_SilentMetric() for _ in metrics]
+    try:
+        yield len(losses)
+    finally:
+        compiled._flat_losses = losses
+        compiled._metrics[:] = metrics
+
+
+class _SilentMetric:
+    def update_state(self, *args, **kwargs):
+        pass
+
+
+def per_output_loss_metrics(model):
+    """The metrics of the single outputs' losses, in the order of the losses; or an empty list."""
+    return [] if model._compile_loss is None else list(model._compile_loss._metrics)
+
+
+def keras_mask(tensor):
+    """The mask that Keras attached to a tensor, or None.
+
+    `keras.src.backend.get_keras_mask` (Keras 3.8 to 3.15): the mask travels on the tensor from
+    the layer to the loss, and no public function reads it.
+    """
+    from keras.src import backend
+
+    return backend.get_keras_mask(tensor)
+
+
+def set_keras_mask(tensor, mask):
+    """Attaches a mask to a tensor for a loss to find (`backend.set_keras_mask`)."""
+    from keras.src import backend
+
+    if mask is not None:
+        backend.set_keras_mask(tensor, mask)
+    return tensor

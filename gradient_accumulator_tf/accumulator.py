@@ -1,0 +1,197 @@
+"""The state of one cycle: what the micro-batches since the last update add up to.
+
+The arithmetic is pure functions of tensors, shared by the accumulation across steps, which keeps
+its sums in variables, and the one within a step, which keeps them in loop variables.
+"""
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+
+class Contribution(NamedTuple):
+    """Gradients of one micro-batch that share a denominator.
+
+    Attributes:
+        gradients: List with a tensor, a `tf.IndexedSlices` or None for each variable.
+        weight: Scalar that the gradients are multiplied by; None is 1.
+        averaged: Whether the cycle's sum is divided by the sum of the weights.
+    """
+
+    gradients: list
+    weight: Any = None
+    averaged: bool = True
+
+
+def accumulation_dtype(dtype):
+    """Dtype in which gradients of a variable of `dtype` are summed.
+
+    Sixteen-bit sums lose small addends (1.0 + 63 x 0.003 is 16 % short in bfloat16) and overflow,
+    so they are kept in float32; every other dtype is its own.
+    """
+    dtype = tf.as_dtype(dtype)
+    return tf.float32 if dtype in (tf.float16, tf.bfloat16) else dtype
+
+
+def scale_gradient(gradient, factor, dtype):
+    """`gradient * factor` in `dtype`; a `tf.IndexedSlices` stays one. A factor of None is 1."""
+    if isinstance(gradient, tf.IndexedSlices):
+        values = scale_gradient(gradient.values, factor, dtype)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    gradient = tf.cast(gradient, dtype)
+    return gradient if factor is None else gradient * tf.cast(factor, dtype)
+
+
+def add_gradient(total, gradient):
+    """`total + gradient`, tensors of one shape and dtype; slices are scattered into the sum."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], gradient.values)
+    return total + gradient
+
+
+def weighted_mean(total, weight):
+    """`total / weight`; 0 where the weight is 0, as Keras's losses do it."""
+    return tf.math.divide_no_nan(total, tf.cast(weight, total.dtype))
+
+
+def _variable(shape, dtype, name):
+    # Each replica adds to its own; what is read outside a replica is their sum.
+    return tf.Variable(
+        tf.zeros(shape, dtype),
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.SUM,
+        name=name,
+    )
+
+
+class _Group(tf.Module):
+    """`sum_k w_k g_k` for each variable and `sum_k w_k`, for gradients of one denominator."""
+
+    def __init__(self, variables, name):
+        super().__init__(name=name)
+        self.weight = _variable((), tf.float64, f"{name}_weight")
+        self.sums = [
+            _variable(v.shape, accumulation_dtype(v.dtype), f"{name}_gradient_sum_{i}")
+            for i, v in enumerate(variables)
+        ]
+
+    def add(self, gradients, weight, averaged):
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            if gradient is None:
+                continue
+            gradient = scale_gradient(gradient, weight, total.dtype)
+            if isinstance(gradient, tf.IndexedSlices):
+                total.scatter_add(gradient)
+            else:
+                total.assign_add(gradient)
+        one = tf.ones((), self.weight.dtype)
+        if not averaged:
+            self.weight.assign(one)
+        elif weight is None:
+            self.weight.assign_add(one)
+        else:
+            self.weight.assign_add(tf.cast(weight, self.weight.dtype))
+
+
+class GradientAccumulator(tf.Module):
+    """The variables of one cycle: `sum_k w_k g_k` per variable, `sum_k w_k`, and the micro-step.
+
+    Where several losses of one model are divided by different denominators, each denominator
+    has sums of its own (a group); the mean is the sum of the groups' means. There is one group
+    until a micro-batch brings more.
+
+    Args:
+        variables: List of the trainable variables (Keras or TensorFlow) in the order of the
+            gradients that will be added.
+
+    Attributes:
+        micro_step: int64 scalar `tf.Variable`, the micro-batches added since the last reset.
+        received: bool vector `tf.Variable`, which variables got a gradient since the last reset.
+        ever_received: Python set of the indices that got a gradient in any call or trace so far.
+    """
+
+    def __init__(self, variables, name="gradient_accumulator"):
+        super().__init__(name=name)
+        self._shapes = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
+        self.ever_received = set()
+        # Keras builds optimizers while it traces the first training step.
+        with tf.init_scope():
+            first = tf.VariableAggregation.ONLY_FIRST_REPLICA
+            self.micro_step = tf.Variable(
+                tf.zeros((), tf.int64), trainable=False, aggregation=first, name="micro_step"
+            )
+            self.received = tf.Variable(
+                tf.zeros(len(variables), tf.bool),
+                trainable=False,
+                aggregation=first,
+                name="received",
+            )
+            self._groups = [_Group(self._shapes, "group_0")]
+
+    @property
+    def state(self):
+        """Dict of name to `tf.Variable`: all that a checkpoint in mid-cycle must hold."""
+        state = {"micro_step": self.micro_step, "received": self.received}
+        for group in self._groups:
+            state[f"{group.name}/weight"] = group.weight
+            state |= {f"{group.name}/gradient_sum_{i}": v for i, v in enumerate(group.sums)}
+        return state
+
+    def load(self, state):
+        """Sets `state` from a dict of arrays; what it does not hold becomes zero."""
+        self._make_groups(len({name.split("/")[0] for name in state if "/" in name}))
+        for name, variable in self.state.items():
+            variable.assign(state.get(name, tf.zeros_like(variable)))
+
+    def add(self, *contributions):
+        """Adds one micro-batch: a `Contribution` for each denominator, always in one order."""
+        present = sorted(
+            {i for c in contributions for i, g in enumerate(c.gradients) if g is not None}
+        )
+        if not present:
+            raise ValueError(
+                "At least one gradient must not be None. Received: None for every one of "
+                f"{len(self._shapes)} variables. Does the loss depend on these variables, and "
+                "was it computed inside the `tf.GradientTape`?"
+            )
+        self.ever_received.update(present)
+        self._make_groups(len(contributions))
+        # Backpropagation computes the last gradient first. Nothing may be counted before it is
+        # there: the graph of a step also runs in the call that finds the data at its end.
+        last = [c.gradients[present[-1]] for c in contributions]
+        ready = [t for t in tf.nest.flatten(last, expand_composites=True) if t is not None]
+        with tf.control_dependencies(ready):
+            for group, contribution in zip(self._groups, contributions, strict=False):
+                group.add(*contribution)
+            mask = [i in present for i in range(len(self._shapes))]
+            self.received.assign(tf.logical_or(self.received, mask))
+            self.micro_step.assign_add(1)
+
+    def any_received(self, indices):
+        """Scalar bool tensor: whether any variable of `indices` got a gradient in this cycle."""
+        return tf.reduce_any(tf.gather(self.received, indices))
+
+    def received_indices(self):
+        """List of the variables that got a gradient in this cycle; to be read eagerly."""
+        return tf.where(self.received)[:, 0].numpy().tolist()
+
+    def mean(self, indices):
+        """List of the mean gradients of the variables `indices`; None for every other one."""
+        indices = set(indices)
+        return [
+            tf.add_n([weighted_mean(group.sums[i], group.weight) for group in self._groups])
+            if i in indices
+            else None
+            for i in range(len(self._shapes))
+        ]
+
+    def reset(self):
+        """Sets every variable to zero."""
+        for variable in self.state.values():
+            variable.assign(tf.zeros_like(variable))
+
+    def _make_groups(self, number):
+        with tf.init_scope():
+            for i in range(len(self._groups), number):
+                self._groups.append(_Group(self._shapes, f"group_{i}"))

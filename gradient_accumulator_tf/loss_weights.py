@@ -1,0 +1,232 @@
+"""What each micro-batch counts for: the denominators that Keras divides losses by.
+
+Keras reduces a loss to `N / D`: `N` sums what each element loses, times its weight and mask, and
+`D` is the number of elements (of unmasked ones, under a mask), or the sum of the weights for the
+reduction "mean_with_sample_weight". Of an effective batch in micro-batches k the loss is
+
+    sum_k N_k / sum_k D_k  =  sum_k D_k (N_k / D_k) / sum_k D_k,
+
+the mean of the micro-batches' losses weighted by their denominators, and so is its gradient.
+With the reduction "sum" it is `sum_k N_k`. Terms that no compiled loss is the source of
+(regularisers, `add_loss`, a `compute_loss` of the user's) count for the examples.
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf.accumulator import Contribution
+
+
+class Term(NamedTuple):
+    """One compiled loss of one micro-batch.
+
+    Attributes:
+        value: Scalar, the loss as Keras computed it.
+        denominator: Scalar that it was divided by; None if that is in proportion to the
+            examples, or if it was not divided.
+        averaged: False for the reduction "sum".
+        leaf: The tensor that stands for `value` in the total loss, where its gradient has to be
+            taken apart from the total's; otherwise None.
+        coefficient: Scalar, the derivative of the total loss by `leaf` (its loss weight); None
+            without a leaf.
+    """
+
+    value: Any
+    denominator: Any
+    averaged: bool
+    leaf: Any
+    coefficient: Any = None
+
+
+class _Ones(keras.losses.Loss):
+    """A loss of one for each element, in the shape and with the mask of another loss's values."""
+
+    def __init__(self, values, reduction, dtype):
+        super().__init__(name="ones", reduction=reduction, dtype=dtype)
+        self._values = values
+
+    def call(self, y_true, y_pred):
+        del y_true, y_pred
+        return _compat.set_keras_mask(tf.ones_like(self._values), _compat.keras_mask(self._values))
+
+
+def denominator(loss, values, y_true, y_pred, sample_weight):
+    """What Keras divides the sum of a loss's weighted values by.
+
+    Keras reduces a loss of one for each element to `S / D`, and with the reduction "sum" to `S`.
+    The quotient of the two is `D` for every reduction, mask and broadcast that Keras knows.
+
+    Args:
+        loss: The `keras.losses.Loss`, of a reduction that averages.
+        values: What its `call` returned.
+        y_true: Targets.
+        y_pred: Predictions, with their mask if they have one.
+        sample_weight: Weights or None.
+
+    Returns:
+        Scalar of the loss's dtype; 0 if nothing counts.
+    """
+    if loss.reduction != "mean_with_sample_weight":
+        sample_weight = None  # these weigh the values, but are not what Keras divides by
+    total = _Ones(values, "sum", loss.dtype)(y_true, y_pred, sample_weight)
+    mean = _Ones(values, loss.reduction, loss.dtype)(y_true, y_pred, sample_weight)
+    # Under a strategy Keras divides what averages by the number of replicas as well.
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    return tf.math.divide_no_nan(total, mean * tf.cast(replicas, mean.dtype))
+
+
+class LossRecorder:
+    """Sees the terms of a model's loss while `model.compute_loss` runs.
+
+    Args:
+        tape: The `tf.GradientTape` that the loss is computed under.
+        same_shapes: Whether all micro-batches of a cycle have the same shape per example, as
+            slices of one batch do. Otherwise only a static shape tells it.
+    """
+
+    def __init__(self, tape, same_shapes):
+        self._tape = tape
+        self._same_shapes = same_shapes
+        self.terms = []
+
+    def replace(self, index, loss):
+        """The function to call in place of the compiled loss `loss`."""
+        del index
+
+        def recorded(y_true, y_pred, sample_weight=None):
+            value, values = _call_and_keep_values(loss, y_true, y_pred, sample_weight)
+            if value.shape.rank != 0:
+                raise ValueError(
+                    "A loss must be reduced to a scalar for training. Received: the loss "
+                    f"{loss.name!r} with reduction={loss.reduction!r}, of shape {value.shape}. "
+                    'Use the reduction "sum_over_batch_size", "mean_with_sample_weight" or "sum".'
+                )
+            averaged = loss.reduction != "sum"
+            divisor = None
+            if averaged and not self._in_proportion(loss, values, y_pred, sample_weight):
+                divisor = denominator(loss, values, y_true, y_pred, sample_weight)
+            leaf = None
+            if divisor is not None or not averaged:
+                leaf = tf.stop_gradient(value)
+                self._tape.watch(leaf)
+            self.terms.append(Term(value, divisor, averaged, leaf))
+            return value if leaf is None else leaf
+
+        return recorded
+
+    def _in_proportion(self, loss, values, y_pred, sample_weight):
+        """Whether the denominator is known to be in proportion to the examples."""
+        if values is None or values.shape.rank == 0:
+            return True  # reduced by the user's function: the documented rule is examples
+        predictions = tf.nest.flatten(y_pred)
+        masks = [_compat.keras_mask(t) for t in [values, *predictions]]
+        if any(mask is not None for mask in masks):
+            return False
+        if loss.reduction == "mean_with_sample_weight" and sample_weight is not None:
+            return False
+        return self._same_shapes or all(
+            t.shape.rank is not None and t.shape[1:].is_fully_defined() for t in predictions
+        )
+
+
+def _call_and_keep_values(loss, y_true, y_pred, sample_weight):
+    """The loss, and the unreduced values that its `call` returned (None if it has no `call`)."""
+    kept = []
+
+    def call(*args, **kwargs):
+        kept.append(type(loss).call(loss, *args, **kwargs))
+        return kept[-1]
+
+    loss.call = call
+    try:
+        value = loss(y_true, y_pred, sample_weight)
+    finally:
+        del loss.call
+    return value, kept[0] if kept else None
+
+
+def with_coefficients(terms, tape, loss):
+    """The terms with their coefficients in the total loss `loss`, recorded on `tape`."""
+    return [
+        t
+        if t.leaf is None
+        else t._replace(coefficient=tape.gradient(loss, t.leaf, unconnected_gradients="zero"))
+        for t in terms
+    ]
+
+
+def contributions(tape, loss, terms, variables, scale, examples, share):
+    """The gradients of one micro-batch's loss, apart by their denominators.
+
+    Args:
+        tape: Persistent `tf.GradientTape` that recorded the loss.
+        loss: Scalar, the total loss.
+        terms: List of `Term` with coefficients.
+        variables: List of variables to take the gradients of.
+        scale: Scalar factor on every gradient (the loss scale).
+        examples: Scalar, the examples in this micro-batch.
+        share: Scalar, what part of the effective batch's examples that is; None if unknown.
+
+    Returns:
+        Non-empty list of `Contribution`; without one for a denominator that no variable's
+        gradient depends on.
+    """
+
+    def gradients(targets, seeds):
+        seeds = [tf.cast(scale * seed, t.dtype) for t, seed in zip(targets, seeds, strict=True)]
+        return tape.gradient(targets, variables, output_gradients=seeds)
+
+    summed = [t for t in terms if not t.averaged]
+    values, coefficients = [t.value for t in summed], [t.coefficient for t in summed]
+    if share is not None:
+        # The weight of the examples is known now, and costs nothing on the scalar.
+        share = tf.cast(share, scale.dtype)
+        groups = [Contribution(gradients([loss, *values], [share, *coefficients]), None, False)]
+    else:
+        groups = [Contribution(gradients([loss], [tf.ones_like(scale)]), examples, True)]
+        if summed:
+            groups.append(Contribution(gradients(values, coefficients), None, False))
+    groups += [
+        Contribution(gradients([t.value], [t.coefficient]), t.denominator, True)
+        for t in terms
+        if t.denominator is not None
+    ]
+    used = [c for c in groups if any(g is not None for g in c.gradients)]
+    return used or groups[:1]
+
+
+def loss_sums(loss, terms, share):
+    """What to add up over the micro-batches of an effective batch to know its loss.
+
+    Returns:
+        `(rest, terms)`: the examples' share of what no leaf stands for, and for each term its
+        numerator, the same times its coefficient, and its denominator (None where the sum of
+        the numerators is the effective batch's value).
+    """
+    share = tf.cast(share, loss.dtype)
+    rest, parts = loss, []
+    for t in terms:
+        if t.leaf is None:
+            parts.append((t.value * tf.cast(share, t.value.dtype), None, None))
+            continue
+        rest -= tf.cast(t.coefficient * t.value, loss.dtype)
+        numerator = t.value if t.denominator is None else t.value * t.denominator
+        parts.append((numerator, t.coefficient * numerator, t.denominator))
+    return rest * share, parts
+
+
+def loss_from_sums(sums):
+    """The effective batch's total loss and its list of terms, from the sum of `loss_sums`."""
+    total, parts = sums
+    values = []
+    for numerator, weighted, divisor in parts:
+        if divisor is not None:
+            numerator = tf.math.divide_no_nan(numerator, divisor)
+            weighted = tf.math.divide_no_nan(weighted, divisor)
+        if weighted is not None:
+            total += tf.cast(weighted, total.dtype)
+        values.append(numerator)
+    return total, values

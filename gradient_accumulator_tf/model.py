@@ -1,0 +1,486 @@
+"""GradientAccumulateModel: a Keras model whose `train_step` accumulates."""
+
+import warnings
+
+import keras
+import tensorflow as tf
+
+from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf._checks import check_positive_int
+from gradient_accumulator_tf.accumulator import (
+    accumulation_dtype,
+    add_gradient,
+    scale_gradient,
+    weighted_mean,
+)
+from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
+from gradient_accumulator_tf.loss_weights import (
+    LossRecorder,
+    contributions,
+    loss_from_sums,
+    loss_sums,
+    with_coefficients,
+)
+from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
+from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer
+
+_TRAINER_METHODS = (
+    "train_step",
+    "test_step",
+    "predict_step",
+    "compute_loss",
+    "compute_metrics",
+)
+
+
+@keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
+class GradientAccumulateModel(keras.Model):
+    """A Keras model that trains on effective batches in micro-batches.
+
+    Exactly one of two modes:
+
+    - `micro_batch_size`: the batch given to `fit` is the effective batch. Each training step
+      cuts it into micro-batches, runs them one after the other, and updates once. Steps per
+      epoch, learning-rate schedules, callbacks and logs are those of the large batch. Peak memory
+      is that of one micro-batch, and one copy of the gradients.
+    - `accum_steps`: the batch given to `fit` is the micro-batch, and every `accum_steps`-th batch
+      updates, with the mean over all of them. What is left at the end of an epoch, before its
+      validation, is an update too. For data that comes in micro-batches, or whose effective
+      batch does not fit even as input.
+
+    The update equals that of the plain model on the effective batch, for any last batch: the loss
+    of each micro-batch counts for what Keras divided it by (examples; unmasked tokens under a
+    mask; the weights' sum for the reduction "mean_with_sample_weight"), and regularisers count
+    once. `add_loss` terms and a `compute_loss` of your own count for the examples. The update
+    does not equal it where a layer looks across examples (BatchNormalization normalises by the
+    micro-batch) or draws random numbers (Dropout draws others).
+
+    ```python
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+    model = GradientAccumulateModel(model=model, micro_batch_size=16)
+    model.compile("adam", loss="mse")
+    model.fit(np.ones((256, 8)), np.ones((256, 1)), batch_size=128)
+    ```
+
+    It is built around a model (`model=`), from a functional model's ends (`inputs=`,
+    `outputs=`), or as a base class in place of `keras.Model`:
+
+    ```python
+    class MyModel(GradientAccumulateModel):
+        def __init__(self):
+            super().__init__(accum_steps=8)
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+    ```
+
+    Around a model, layers and variables are that model's own, not copies: `weights`, `layers`,
+    `summary()`, `save_weights()` and `export()` are those of the plain model, whose weight files
+    are interchangeable, and what is not found on the wrapper is looked up on it.
+
+    Args:
+        inputs: Inputs of a functional model, as for `keras.Model`.
+        outputs: Its outputs.
+        model: A `keras.Model` to train instead: functional, Sequential or subclassed.
+        accum_steps: Integer >= 1, batches per update.
+        micro_batch_size: Integer >= 1, examples per micro-batch (per replica).
+        **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
+
+    Raises:
+        TypeError: If `accum_steps` or `micro_batch_size` is not an integer, or `model` not a
+            Keras 3 model.
+        ValueError: If not exactly one of the two is given, if `model` is given together with
+            `inputs`, `outputs` or a `call` of its own, or if `model` overrides a training method.
+    """
+
+    def __init__(
+        self,
+        inputs=None,
+        outputs=None,
+        *,
+        model=None,
+        accum_steps=None,
+        micro_batch_size=None,
+        **kwargs,
+    ):
+        if (accum_steps is None) == (micro_batch_size is None):
+            raise ValueError(
+                "Exactly one of `accum_steps` (fit's batch is the micro-batch) and "
+                "`micro_batch_size` (fit's batch is the effective batch) must be given. "
+                f"Received: accum_steps={accum_steps!r}, micro_batch_size={micro_batch_size!r}. "
+                "If the effective batch can be loaded at once, pass micro_batch_size."
+            )
+        if accum_steps is not None:
+            accum_steps = check_positive_int("accum_steps", accum_steps, "batches per update")
+        else:
+            micro_batch_size = check_positive_int(
+                "micro_batch_size", micro_batch_size, "examples per micro-batch"
+            )
+            if type(self).train_step is not GradientAccumulateModel.train_step:
+                raise ValueError(
+                    "`micro_batch_size` splits the batch inside `train_step`, which must not be "
+                    f"overridden. Received: {type(self).__name__} with a `train_step` of its own. "
+                    "Pass accum_steps (each call is then a micro-step), or override "
+                    "`compute_loss` instead."
+                )
+        wrapped = _wrapped_model(type(self), inputs, outputs, model, kwargs)
+        if wrapped is not None:
+            # Inputs reach the wrapped model as they are; it casts them, or not, by itself.
+            kwargs = {"dtype": wrapped.dtype_policy, "autocast": False, **kwargs}
+        super().__init__(**kwargs)
+        self.accum_steps = accum_steps
+        self.micro_batch_size = micro_batch_size
+        self.model = wrapped
+        if wrapped is not None:
+            self.built = wrapped.built
+
+    def call(self, inputs, training=None):
+        """Calls the wrapped model; a subclass without one defines its own."""
+        if self.model is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must wrap a model or define `call`. Received: neither. "
+                "Pass model=..., or inputs=... and outputs=..., or override `call`."
+            )
+        # Layers take `training` from the outermost call.
+        return self.model(inputs)
+
+    def compile(self, optimizer="rmsprop", *args, **kwargs):
+        """Configures the model for training; arguments as for `keras.Model.compile`.
+
+        With `accum_steps` the optimizer is wrapped in a `GradientAccumulateOptimizer`, under
+        mixed_float16 inside the `LossScaleOptimizer`.
+
+        Raises:
+            ValueError: If the optimizer accumulates by itself, unless by the same `accum_steps`.
+        """
+        super().compile(self._accumulating(optimizer), *args, **kwargs)
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        *args,
+        **kwargs,
+    ):
+        """Trains the model; arguments and result as for `keras.Model.fit`.
+
+        With `accum_steps` a partial cycle at an epoch's end is applied before its validation and
+        its `on_epoch_end` callbacks.
+        """
+        if self.accum_steps is not None:
+            if isinstance(callbacks, keras.callbacks.CallbackList):
+                flush = FlushAtEpochEnd()
+                flush.set_model(self)
+                callbacks.callbacks.insert(0, flush)
+            else:
+                callbacks = [FlushAtEpochEnd(), *tf.nest.flatten(callbacks or [])]
+        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+
+    def flush(self):
+        """Updates with the mean over a partial cycle, if there is one (mode `accum_steps`).
+
+        To be called at the end of a loop of `train_on_batch`; `fit` does it by itself.
+        """
+        optimizer = self._accumulating_optimizer
+        if optimizer is not None:
+            optimizer.flush()
+
+    def train_step(self, data):
+        """One batch: a micro-step, or all micro-steps of an update; see the class.
+
+        Args:
+            data: What the dataset yields: `x`, `(x, y)` or `(x, y, sample_weight)`, nested.
+
+        Returns:
+            Dict of the metrics' values.
+        """
+        if self.accum_steps == 1:
+            return super().train_step(data)
+        data = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
+        _compat.build_for_training(self, data)
+        if self.micro_batch_size is None:
+            return self._train_across_steps(data)
+        return self._train_within_step(data)
+
+    def _train_across_steps(self, data):
+        groups, loss, terms, logs = self._micro_step(data, share=None)
+        if groups:
+            gradients = [g for group in groups for g in group.gradients]
+            variables = self.trainable_weights * len(groups)
+            with self._accumulating_optimizer.counting([group[1:] for group in groups]):
+                self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return self._with_loss(logs, data, loss, [t.value for t in terms])
+
+    def _train_within_step(self, data):
+        variables = self.trainable_weights
+        examples = batch_size(data)
+
+        def step(micro_batch):
+            share = tf.cast(batch_size(micro_batch), tf.float64) / tf.cast(examples, tf.float64)
+            groups, loss, terms, logs = self._micro_step(micro_batch, share)
+            summands = [(g.gradients, g.weight) for g in groups], loss_sums(loss, terms, share)
+            return summands, logs
+
+        (groups, losses), logs = sum_over_micro_batches(
+            step,
+            data,
+            self.micro_batch_size,
+            zeros=lambda summands: _zeros(summands, variables),
+            add=_add,
+        )
+        if groups:
+            means = _sum_of_means(groups)
+            # The graph of a step also runs in the call that finds the data at its end: without
+            # its gradients, the update must not count.
+            with tf.control_dependencies([g for g in means if g is not None]):
+                self.optimizer.apply_gradients(zip(means, variables, strict=True))
+        return self._with_loss(logs, data, *loss_from_sums(losses))
+
+    def _micro_step(self, data, share):
+        """Forward and backward pass of one micro-batch.
+
+        Args:
+            data: `(x, y, sample_weight)`.
+            share: Scalar, what part of the effective batch's examples this is; None if that is
+                not known before the cycle's end.
+
+        Returns:
+            List of `Contribution` (empty if nothing can be trained), the loss, its list of
+            `Term`, and the metrics' values.
+        """
+        x, y, sample_weight = data
+        with tf.GradientTape(persistent=True) as tape:
+            training = {"training": True} if _compat.call_has_training_argument(self) else {}
+            y_pred = self(x, **training)
+            recorder = LossRecorder(tape, same_shapes=share is not None)
+            with _compat.replaced_losses(self, recorder.replace):
+                loss = _compat.compute_loss(self, x, y, y_pred, sample_weight)
+        terms = with_coefficients(recorder.terms, tape, loss)
+        groups = []
+        if self.trainable_weights:
+            scale = self.optimizer.scale_loss(tf.ones((), loss.dtype))
+            groups = contributions(
+                tape, loss, terms, self.trainable_weights, scale, batch_size(x), share
+            )
+        else:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return groups, loss, terms, logs
+
+    def _with_loss(self, logs, data, loss, values):
+        """The logs after the metrics of the loss, and of each output's, have seen a step's."""
+        _compat.track_loss(self, loss, batch_size(data))
+        # Keras weights these by the batch size where it is static, so as the large batch does.
+        examples = batch_size(data)
+        weight = examples if isinstance(examples, int) else None
+        for metric, value in zip(_compat.per_output_loss_metrics(self), values, strict=False):
+            metric.update_state(value, sample_weight=weight)
+        results = self.get_metrics_result()
+        return {name: results.get(name, value) for name, value in logs.items()}
+
+    @property
+    def _accumulating_optimizer(self):
+        """The GradientAccumulateOptimizer in use, or None."""
+        optimizer = getattr(self, "optimizer", None)
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = optimizer.inner_optimizer
+        return optimizer if isinstance(optimizer, GradientAccumulateOptimizer) else None
+
+    def _accumulating(self, optimizer):
+        """`optimizer` as this model's mode needs it."""
+        if optimizer is None:
+            return None
+        if isinstance(optimizer, str | dict):
+            optimizer = keras.optimizers.get(optimizer)
+        inner = optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            inner = optimizer.inner_optimizer
+        if isinstance(inner, GradientAccumulateOptimizer):
+            if inner.accum_steps == self.accum_steps:
+                return optimizer
+            raise ValueError(
+                "The model accumulates, so its optimizer must not do it as well. Received: "
+                f"GradientAccumulateOptimizer(accum_steps={inner.accum_steps}) for a model with "
+                f"accum_steps={self.accum_steps}, micro_batch_size={self.micro_batch_size}. Pass "
+                "the inner optimizer to `compile`, or the wrapped one to a plain keras.Model."
+            )
+        if self.accum_steps is None:
+            return optimizer
+        if inner is optimizer:
+            return GradientAccumulateOptimizer(optimizer, self.accum_steps)
+        return keras.optimizers.LossScaleOptimizer(
+            GradientAccumulateOptimizer(inner, self.accum_steps),
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+            name=optimizer.name,
+        )
+
+    # What follows makes a wrapper look like the model in it.
+
+    @property
+    def layers(self):
+        """The wrapped model's layers, or this model's own."""
+        return super().layers if self.model is None else self.model.layers
+
+    def summary(self, *args, **kwargs):
+        """Prints the wrapped model's summary; arguments as for `keras.Model.summary`."""
+        return (super() if self.model is None else self.model).summary(*args, **kwargs)
+
+    def export(self, *args, **kwargs):
+        """Exports the wrapped model for inference; arguments as for `keras.Model.export`."""
+        return (super() if self.model is None else self.model).export(*args, **kwargs)
+
+    def get_config(self):
+        """Config of the wrapped model and the mode; a subclass's own, as by Keras, without one."""
+        if self.model is None:
+            return super().get_config()
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "model": keras.saving.serialize_keras_object(self.model),
+            "accum_steps": self.accum_steps,
+            "micro_batch_size": self.micro_batch_size,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The reverse of `get_config`."""
+        if not isinstance(config.get("model"), dict):
+            return super().from_config(config, custom_objects=custom_objects)
+        model = keras.saving.deserialize_keras_object(
+            config["model"], custom_objects=custom_objects
+        )
+        return cls(**{**config, "model": model})
+
+    def get_build_config(self):
+        """None around a model, whose own config says how it is built."""
+        return super().get_build_config() if self.model is None else None
+
+    def _obj_type(self):
+        # Weight files are laid out by it.
+        return super()._obj_type() if self.model is None else self.model._obj_type()
+
+    def __getattr__(self, name):
+        model = self.__dict__.get("model")
+        if model is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(model, name)
+
+    def __dir__(self):
+        # Keras saves what it finds here, and is to find what is in the plain model.
+        model = self.__dict__.get("model")
+        if model is None:
+            return super().__dir__()
+        return sorted({*super().__dir__(), *dir(model)} - {"model"})
+
+
+def _wrapped_model(cls, inputs, outputs, model, kwargs):
+    """The model to wrap, or None for a subclass with its own `call`."""
+    functional = inputs is not None or outputs is not None
+    if model is None and not functional:
+        return None
+    if cls.call is not GradientAccumulateModel.call:
+        raise ValueError(
+            "A subclass that defines `call` must not be given a model as well. Received: "
+            f"{cls.__name__} with model={model!r}, inputs={inputs!r}, outputs={outputs!r}. "
+            "Leave them out, or wrap the model in a plain GradientAccumulateModel."
+        )
+    if model is None:
+        if inputs is None or outputs is None:
+            raise ValueError(
+                "`inputs` and `outputs` must be given together. "
+                f"Received: inputs={inputs!r}, outputs={outputs!r}."
+            )
+        return keras.Model(inputs=inputs, outputs=outputs)
+    if functional:
+        raise ValueError(
+            "Either `model` or `inputs` and `outputs` must be given, not both. "
+            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}."
+        )
+    if not isinstance(model, keras.Model):
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise TypeError(
+            f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Models of "
+            "tf_keras (Keras 2) cannot be wrapped: build it with `keras` instead."
+        )
+    overridden = [
+        name
+        for name in _TRAINER_METHODS
+        if getattr(type(model), name) is not getattr(keras.Model, name)
+    ]
+    if overridden:
+        raise ValueError(
+            "A model that overrides a training method cannot be wrapped, as that method would "
+            f"never be called. Received: {type(model).__name__} with its own "
+            f"{', '.join(overridden)}. Derive {type(model).__name__} from "
+            "GradientAccumulateModel instead of keras.Model"
+            + (
+                ", or keep it and compile it with a GradientAccumulateOptimizer."
+                if not isinstance(model, GradientAccumulateModel)
+                else "; a GradientAccumulateModel is not wrapped twice."
+            )
+        )
+    return model
+
+
+def _as_tensor(leaf):
+    if leaf is None or isinstance(leaf, tf.Tensor | tf.RaggedTensor | tf.SparseTensor):
+        return leaf
+    return tf.convert_to_tensor(leaf)
+
+
+def _zeros(summands, variables):
+    """What a sum of one step's summands starts from; see `_add`."""
+
+    def zeros(like):
+        return None if like is None else tf.zeros(like.shape, like.dtype)
+
+    groups, losses = summands
+    sums = [
+        (
+            [
+                None if g is None else tf.zeros(v.shape, accumulation_dtype(v.dtype))
+                for g, v in zip(gradients, variables, strict=True)
+            ],
+            zeros(weight),
+        )
+        for gradients, weight in groups
+    ]
+    return sums, tf.nest.map_structure(zeros, losses)
+
+
+def _add(total, summands):
+    """Adds a micro-batch's (gradients, weight) of each group, and its sums of the loss."""
+    (groups, losses), (new_groups, new_losses) = total, summands
+    sums = [
+        (
+            [
+                None if g is None else add_gradient(t, scale_gradient(g, new_weight, t.dtype))
+                for t, g in zip(gradients, new_gradients, strict=True)
+            ],
+            None if weight is None else weight + new_weight,
+        )
+        for (gradients, weight), (new_gradients, new_weight) in zip(groups, new_groups, strict=True)
+    ]
+    losses = tf.nest.map_structure(
+        lambda t, new: None if t is None else t + new, losses, new_losses
+    )
+    return sums, losses
+
+
+def _sum_of_means(groups):
+    """The gradient of the whole effective batch: each group's sum by its weight, added up."""
+    means = []
+    for parts in zip(*(gradients for gradients, _ in groups), strict=True):
+        present = [
+            total if weight is None else weighted_mean(total, weight)
+            for total, (_, weight) in zip(parts, groups, strict=True)
+            if total is not None
+        ]
+        means.append(tf.add_n(present) if present else None)
+    return means

@@ -1,0 +1,422 @@
+"""GradientAccumulateOptimizer: when to add a micro-batch's gradients, and when to update."""
+
+import contextlib
+import numbers
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf._checks import check_positive_int, refuse_arguments
+from gradient_accumulator_tf.accumulator import Contribution, GradientAccumulator
+
+
+def _owned_by_inner(name):
+    """A property that reads and sets `name` on the inner optimizer, which alone keeps it."""
+
+    def get(self):
+        return getattr(self.inner_optimizer, name)
+
+    def set_(self, value):
+        # The base class sets its defaults before there is an inner optimizer.
+        if "inner_optimizer" in self.__dict__:
+            setattr(self.inner_optimizer, name, value)
+
+    return property(get, set_, doc=f"The inner optimizer's `{name}`.")
+
+
+@keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
+class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
+    """A Keras optimizer that updates once every `accum_steps` calls, with the mean gradient.
+
+    The update is that of the inner optimizer on `sum_k w_k g_k / sum_k w_k`, where `g_k` is the
+    gradient that call k of the cycle was given and `w_k` its `weight` (1 unless given). Between
+    updates nothing moves: no weight, no slot, not `iterations`, no weight decay, no moving
+    average. Clipping, weight decay and averaging act once, on the mean.
+
+    The result equals that of the inner optimizer on the effective batch if each `g_k` is the
+    gradient of a mean over micro-batch k and `w_k` is what that mean was divided by (examples, or
+    tokens); with equal micro-batches and no masks the default weight does. It does not if a
+    layer looks across examples (BatchNormalization) or draws random numbers (Dropout), or for a
+    loss with `reduction="sum"`. Embedding gradients (`tf.IndexedSlices`) are scattered into the
+    sum, so that the update is the dense gradient's: Adam on the sparse gradient of a large batch
+    squares repeated rows before it sums them, and differs.
+
+    ```python
+    optimizer = GradientAccumulateOptimizer("adam", accum_steps=8)
+    model.compile(optimizer, loss="mse")
+    model.fit(x, y, batch_size=4)  # an update every 8 batches, so for every 32 examples
+    ```
+
+    In a loop of your own, give each micro-batch's gradients to it and flush at the end:
+
+    ```python
+    for x, y in dataset:
+        with tf.GradientTape() as tape:
+            loss = loss_fn(y, model(x, training=True))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables, weight=len(x))
+    optimizer.flush()
+    ```
+
+    `fit` leaves a partial cycle open at the end of an epoch, so that a cycle may go on in the
+    next one, and flushes at the end of the fit.
+
+    If a variable gets no gradient (None) in a whole cycle, it is left alone as by Keras. Within
+    `tf.function`, where only the traced call is known, this holds if the variables without a
+    gradient in the call that ends the cycle all got none in that cycle; otherwise the mean of
+    each of them is taken, which is zero for one that got none.
+
+    Args:
+        optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
+        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer.
+        name: Optional name.
+        **kwargs: None is taken: clipping, weight decay, moving averages and the loss scale are
+            the inner optimizer's arguments.
+
+    Attributes:
+        inner_optimizer: The wrapped optimizer.
+        accum_steps: Micro-batches per update.
+        iterations: int64 scalar variable, the number of updates.
+        micro_step: int64 scalar variable, the micro-batches in the current cycle.
+        learning_rate: The inner optimizer's; can be set.
+
+    Raises:
+        TypeError: If `accum_steps` is not an integer, or `optimizer` not a Keras 3 optimizer.
+        ValueError: If `accum_steps` < 1, or the inner optimizer accumulates or scales losses.
+
+    Reference:
+        Design of accumulation as an optimizer: [optax.MultiSteps](
+        https://optax.readthedocs.io/en/latest/api/optimizer_wrappers.html).
+    """
+
+    def __init__(self, optimizer, accum_steps, name=None, **kwargs):
+        accum_steps = check_positive_int("accum_steps", accum_steps, "micro-batches per update")
+        refuse_arguments(
+            "GradientAccumulateOptimizer",
+            kwargs,
+            "Pass them to the inner optimizer, where they act once per update: "
+            "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8).",
+        )
+        optimizer = _checked_inner_optimizer(optimizer)
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = optimizer
+        self._accum_steps = accum_steps
+        self._accumulator = None
+        self._next_counts = None
+        self._state_to_load = None
+
+    weight_decay = _owned_by_inner("weight_decay")
+    clipnorm = _owned_by_inner("clipnorm")
+    clipvalue = _owned_by_inner("clipvalue")
+    global_clipnorm = _owned_by_inner("global_clipnorm")
+    loss_scale_factor = _owned_by_inner("loss_scale_factor")
+    use_ema = _owned_by_inner("use_ema")
+    ema_momentum = _owned_by_inner("ema_momentum")
+    ema_overwrite_frequency = _owned_by_inner("ema_overwrite_frequency")
+    learning_rate = _owned_by_inner("learning_rate")
+
+    @property
+    def accum_steps(self):
+        """Micro-batches per update."""
+        return self._accum_steps
+
+    @property
+    def iterations(self):
+        """int64 scalar variable: the number of updates, never of micro-steps."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def micro_step(self):
+        """int64 scalar variable: micro-batches in the current cycle (0 before `build`)."""
+        return 0 if self._accumulator is None else self._accumulator.micro_step
+
+    @property
+    def optimizers(self):
+        """The inner `MultiOptimizer`'s list; callbacks look for it. AttributeError otherwise."""
+        return self.inner_optimizer.optimizers
+
+    @property
+    def variables(self):
+        """The inner optimizer's variables, then those of the cycle."""
+        own = [] if self._accumulator is None else list(self._accumulator.state.values())
+        return self.inner_optimizer.variables + own
+
+    def build(self, variables):
+        """Creates the inner optimizer's variables and one accumulator per trainable variable.
+
+        Args:
+            variables: List of the trainable variables, Keras's or TensorFlow's.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        self._trainable_variables = variables
+        self._trainable_variables_indices = {
+            _compat.variable_key(self, v): i for i, v in enumerate(variables)
+        }
+        if self._accum_steps > 1:
+            self._accumulator = GradientAccumulator(variables)
+        self.built = True
+        if self._state_to_load is not None:
+            self._load_state(self._state_to_load)
+            self._state_to_load = None
+
+    def apply_gradients(self, grads_and_vars, weight=None):
+        """Adds one micro-batch's gradients; every `accum_steps`-th call updates the variables.
+
+        Args:
+            grads_and_vars: Iterable of (gradient, variable); see `apply`.
+            weight: As in `apply`.
+
+        Returns:
+            `iterations`, the number of updates.
+        """
+        gradients, variables = zip(*grads_and_vars, strict=True)
+        self.apply(gradients, variables, weight=weight)
+        return self.iterations
+
+    def apply(self, grads, trainable_variables=None, weight=None):
+        """Adds one micro-batch's gradients; every `accum_steps`-th call updates the variables.
+
+        Args:
+            grads: List of gradients: tensors in the variables' shapes, `tf.IndexedSlices`, or
+                None for a variable that this micro-batch does not reach.
+            trainable_variables: List of the variables in the same order; needed in the first
+                call unless `build` was called.
+            weight: Scalar >= 0 (a number or a tensor of any real dtype) that this micro-batch
+                counts for in the cycle's mean: its examples or tokens. None counts as 1.
+
+        Raises:
+            ValueError: If a variable is not among those the optimizer was built with, all
+                gradients are None, or `weight` is a negative number.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        if isinstance(weight, numbers.Number) and weight < 0:
+            raise ValueError(
+                "`weight` is what a micro-batch counts for (examples or tokens) and must not be "
+                f"negative. Received: weight={weight}. Pass 0 for one that does not count."
+            )
+        groups = self._aligned(grads, trainable_variables)
+        if self._accum_steps == 1 and len(groups) == 1:
+            self.inner_optimizer.apply(groups[0], self._trainable_variables)
+            return
+        counts = self._next_counts or [(weight, True)] * len(groups)
+        contributions = [Contribution(g, *c) for g, c in zip(groups, counts, strict=True)]
+        self._accumulator.add(*contributions)
+        self._update_if(
+            tf.greater_equal(self._accumulator.micro_step, self._accum_steps),
+            certain={i for g in groups for i, gradient in enumerate(g) if gradient is not None},
+        )
+
+    def flush(self):
+        """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
+        if self._accumulator is not None:
+            self._update_if(
+                tf.greater(self._accumulator.micro_step, 0),
+                certain=self._accumulator.ever_received,
+            )
+
+    def reset(self):
+        """Drops what a partial cycle holds, without an update."""
+        if self._accumulator is not None:
+            self._accumulator.reset()
+
+    @contextlib.contextmanager
+    def counting(self, counts):
+        """Within this context `apply` takes the gradients' weights from `counts`.
+
+        It reaches through a `LossScaleOptimizer`, whose `apply` takes no weight. A call may then
+        name its variables several times: the gradients of the first time are the first group,
+        which counts as `counts[0]` says, and so on.
+
+        Args:
+            counts: List of (weight, averaged) as in `Contribution`, one for each group.
+        """
+        self._next_counts = counts
+        try:
+            yield
+        finally:
+            self._next_counts = None
+
+    def scale_loss(self, loss):
+        """The loss, scaled as the inner optimizer wants it."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        """Flushes a partial cycle, then finalizes the inner optimizer; `fit` calls it last."""
+        self.flush()
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """Passed on to the inner optimizer."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
+    def set_weights(self, weights):
+        """Sets `variables` from a list of arrays in the same order."""
+        if len(weights) != len(self.variables):
+            raise ValueError(
+                f"`weights` must have one array for each of the optimizer's {len(self.variables)} "
+                f"variables. Received: {len(weights)} arrays. Is the optimizer built?"
+            )
+        for variable, weight in zip(self.variables, weights, strict=True):
+            variable.assign(weight)
+
+    def save_own_variables(self, store):
+        """Writes the inner optimizer's state as it would itself and, in mid-cycle, the cycle's.
+
+        A file written between cycles is thus the inner optimizer's own, and loads into it.
+        """
+        self.inner_optimizer.save_own_variables(store)
+        if self._accumulator is not None and int(self._accumulator.micro_step.numpy()):
+            for name, variable in self._accumulator.state.items():
+                store[name] = variable.numpy()
+
+    def load_own_variables(self, store):
+        """Reads what this optimizer or its inner optimizer wrote; before `build`, at `build`."""
+        state = {name: np.array(store[name]) for name in store.keys()}
+        if self.built:
+            self._load_state(state)
+        else:
+            self._state_to_load = state
+
+    def get_config(self):
+        """Config with the serialised inner optimizer."""
+        return {
+            "name": self.name,
+            "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "accum_steps": self._accum_steps,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The reverse of `get_config`."""
+        config = dict(config)
+        config["optimizer"] = keras.saving.deserialize_keras_object(
+            config["optimizer"], custom_objects=custom_objects
+        )
+        return cls(**config)
+
+    def __dir__(self):
+        # Keras saves what it finds here; the inner optimizer's state is in `save_own_variables`.
+        return [name for name in super().__dir__() if name != "inner_optimizer"]
+
+    def _aligned(self, grads, variables):
+        """The gradients in the order of the variables that the optimizer was built with.
+
+        A list for each time that the variables are named.
+        """
+        if variables is None:
+            if not self.built:
+                raise ValueError(
+                    "The optimizer must be built before `apply` is called without "
+                    "`trainable_variables`. Received: gradients only. Pass the variables, or "
+                    "call `optimizer.build(model.trainable_variables)` first."
+                )
+            variables = self._trainable_variables
+        variables = list(variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                "`grads` must have one entry for each variable (None where there is no "
+                f"gradient). Received: {len(grads)} gradients for {len(variables)} variables."
+            )
+        if not self.built:
+            self.build(variables)
+        groups, times_seen = [], {}
+        for gradient, variable in zip(grads, variables, strict=True):
+            index = self._trainable_variables_indices.get(_compat.variable_key(self, variable))
+            if index is None:
+                raise ValueError(
+                    "The optimizer accumulates for the variables it was built with. Received: "
+                    f"an unknown variable, {getattr(variable, 'path', variable.name)}. If "
+                    "`trainable` was changed after the optimizer was built, compile the model "
+                    "again with a new optimizer."
+                )
+            group = times_seen[index] = times_seen.get(index, -1) + 1
+            if group == len(groups):
+                groups.append([None] * len(self._trainable_variables))
+            groups[group][index] = gradient
+        return groups
+
+    def _update_if(self, due, certain):
+        """Updates and starts a new cycle if `due`.
+
+        A loop of no or one turn rather than a conditional: XLA copies every variable around a
+        conditional, and updates them in place in a loop.
+        """
+
+        def update(_):
+            self._apply_mean(certain)
+            self._accumulator.reset()
+            return (tf.constant(False),)
+
+        tf.while_loop(lambda due: due, update, (due,), parallel_iterations=1)
+
+    def _apply_mean(self, certain):
+        """Hands the cycle's means to the inner optimizer, None for what got no gradient."""
+        accumulator, everything = self._accumulator, range(len(self._trainable_variables))
+
+        def apply(indices):
+            self.inner_optimizer.apply(accumulator.mean(indices), self._trainable_variables)
+
+        others = sorted(set(everything) - set(certain))
+        if tf.executing_eagerly():
+            apply(accumulator.received_indices())
+        elif not others:
+            apply(everything)
+        else:
+            tf.cond(
+                accumulator.any_received(others), lambda: apply(everything), lambda: apply(certain)
+            )
+
+    def _load_state(self, state):
+        # The inner optimizer names its variables "0", "1", ...
+        own = {name: value for name, value in state.items() if not name.isdecimal()}
+        self.inner_optimizer.load_own_variables({k: v for k, v in state.items() if k not in own})
+        if self._accumulator is not None:
+            self._accumulator.load(own)
+
+
+def _checked_inner_optimizer(optimizer):
+    """The Keras optimizer that `optimizer` names, or an error that says what to pass."""
+    if not isinstance(optimizer, (str, dict, keras.optimizers.Optimizer)):
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        legacy = "tf_keras" in kind or "legacy" in kind or kind.startswith("tensorflow.python")
+        raise TypeError(
+            "`optimizer` must be a Keras 3 optimizer, its name, or its config. "
+            f"Received: {optimizer!r} (of type {kind}). "
+            + (
+                "Optimizers of tf_keras (Keras 2), tf.compat.v1 or keras.optimizers.legacy "
+                "cannot be wrapped: pass the one of the same name from `keras.optimizers`."
+                if legacy
+                else 'Pass for example keras.optimizers.Adam(1e-3) or "adam".'
+            )
+        )
+    optimizer = keras.optimizers.get(optimizer)
+    if isinstance(optimizer, GradientAccumulateOptimizer):
+        raise ValueError(
+            "`optimizer` must not be a GradientAccumulateOptimizer itself. Received: one with "
+            f"accum_steps={optimizer.accum_steps}. Wrap once, with the product of the two."
+        )
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "`optimizer` must not be a LossScaleOptimizer: gradients of different loss scales "
+            "cannot be summed. Received: a LossScaleOptimizer around "
+            f"{type(optimizer.inner_optimizer).__name__}. Put it outside: "
+            "LossScaleOptimizer(GradientAccumulateOptimizer(...)), which `compile` does by "
+            "itself under the mixed_float16 policy."
+        )
+    for inner in getattr(optimizer, "optimizers", [optimizer]):
+        if inner.gradient_accumulation_steps:
+            raise ValueError(
+                "The inner optimizer must not accumulate itself. Received: "
+                f"{type(inner).__name__}(gradient_accumulation_steps="
+                f"{inner.gradient_accumulation_steps}). Leave that argument out and pass "
+                "accum_steps instead."
+            )
+    return optimizer
