@@ -134,13 +134,13 @@ class GradientAccumulator(tf.Module):
         """Dict of name to `tf.Variable`: all that a checkpoint in mid-cycle must hold."""
         state = {"micro_step": self.micro_step, "received": self.received}
         for group in self._groups:
-            state[f"{group.name}/weight"] = group.weight
-            state |= {f"{group.name}/gradient_sum_{i}": v for i, v in enumerate(group.sums)}
+            state[f"{group.name}.weight"] = group.weight
+            state |= {f"{group.name}.gradient_sum_{i}": v for i, v in enumerate(group.sums)}
         return state
 
     def load(self, state):
         """Sets `state` from a dict of arrays; what it does not hold becomes zero."""
-        self._make_groups(len({name.split("/")[0] for name in state if "/" in name}))
+        self._make_groups(len({name.split(".")[0] for name in state if "." in name}))
         for name, variable in self.state.items():
             variable.assign(state.get(name, tf.zeros_like(variable)))
 

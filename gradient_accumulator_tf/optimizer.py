@@ -162,7 +162,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             self._accumulator = GradientAccumulator(variables)
         self.built = True
         if self._state_to_load is not None:
-            self._load_state(self._state_to_load)
+            # Once and now, also where Keras builds the optimizer in a graph.
+            with tf.init_scope():
+                self._load_state(self._state_to_load)
             self._state_to_load = None
 
     def apply_gradients(self, grads_and_vars, weight=None):
@@ -179,6 +181,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self.apply(gradients, variables, weight=weight)
         return self.iterations
 
+    # AutoGraph would rewrite the library where a user's own function calls it.
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads, trainable_variables=None, weight=None):
         """Adds one micro-batch's gradients; every `accum_steps`-th call updates the variables.
 
@@ -214,6 +218,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             certain={i for g in groups for i, gradient in enumerate(g) if gradient is not None},
         )
 
+    @tf.autograph.experimental.do_not_convert
     def flush(self):
         """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
         if self._accumulator is not None:
@@ -222,6 +227,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 certain=self._accumulator.ever_received,
             )
 
+    @tf.autograph.experimental.do_not_convert
     def reset(self):
         """Drops what a partial cycle holds, without an update."""
         if self._accumulator is not None:

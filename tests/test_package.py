@@ -1,0 +1,63 @@
+"""The package as it is imported: its public names, and where it must refuse to be."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+import gradient_accumulator_tf
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_public_names_have_docstrings_and_are_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name in gradient_accumulator_tf.__all__:
+        if name != "__version__":
+            assert getattr(gradient_accumulator_tf, name).__doc__
+            assert name in readme
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch", "numpy"])
+def test_another_keras_backend_is_refused_with_the_remedy(backend):
+    run = subprocess.run(
+        [sys.executable, "-c", "import gradient_accumulator_tf"],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert re.search(
+        rf"ImportError: .*Received: the {backend} backend.*KERAS_BACKEND=tensorflow", run.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "package, version, message",
+    [
+        ("keras", "2.15.0", "needs Keras 3.*Received: keras 2.15.0.*pip install"),
+        ("keras", "3.7.0", r"needs keras 3.8 or newer\. Received: keras 3.7.0"),
+        ("tensorflow", "2.15.1", r"needs tensorflow 2.16 or newer\. Received: tensorflow 2.15.1"),
+    ],
+)
+def test_older_versions_are_refused(monkeypatch, package, version, message):
+    from gradient_accumulator_tf._compat import check_installation
+
+    module = keras if package == "keras" else sys.modules["tensorflow"]
+    monkeypatch.setattr(module, "__version__", version)
+    with pytest.raises(ImportError, match=message):
+        check_installation()
+
+
+def _snippets():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(len(_snippets())))
+def test_readme_snippets_run(index, capsys):
+    exec(compile(_snippets()[index], f"README snippet {index}", "exec"), {})
