@@ -137,3 +137,38 @@ def set_keras_mask(tensor, mask):
     if mask is not None:
         backend.set_keras_mask(tensor, mask)
     return tensor
+
+
+def replicas_need_no_merge_call():
+    """Whether the strategy in force lets a replica synchronise inside a loop or conditional.
+
+    `tf.__internal__.distribute.strategy_supports_no_merge_call` (TensorFlow 2.16 to 2.21): true
+    for XLA with GPUs only, where Keras's own optimizers ask it as well.
+    """
+    import tensorflow as tf
+
+    return tf.__internal__.distribute.strategy_supports_no_merge_call()
+
+
+@contextlib.contextmanager
+def gradients_are_reduced(optimizer):
+    """Within this context the optimizer takes gradients that are already summed over replicas.
+
+    Keras clips each replica's gradient and only then sums them (Keras 3.8 to 3.15), so that
+    clipnorm=1 on two replicas lets a norm of 2 through. We sum first, and keep
+    `Optimizer._all_reduce_sum_gradients` from doing it again.
+    """
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    optimizers = getattr(optimizer, "optimizers", [optimizer])
+    # Every replica's thread enters, and the first to leave must not undo it for the others.
+    for o in optimizers:
+        o.__dict__["_all_reduce_sum_gradients"] = list
+        o.__dict__["_entered"] = o.__dict__.get("_entered", 0) + 1
+    try:
+        yield
+    finally:
+        for o in optimizers:
+            o.__dict__["_entered"] -= 1
+            if not o.__dict__["_entered"]:
+                del o.__dict__["_entered"], o.__dict__["_all_reduce_sum_gradients"]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas
+
 
 class Contribution(NamedTuple):
     """Gradients of one micro-batch that share a denominator.
@@ -54,13 +56,34 @@ def weighted_mean(total, weight):
     return tf.math.divide_no_nan(total, tf.cast(weight, total.dtype))
 
 
-def _variable(shape, dtype, name):
-    # Each replica adds to its own; what is read outside a replica is their sum.
+def sum_of_means(groups):
+    """The gradient of a whole effective batch: each group's sum by its weight, added up.
+
+    Args:
+        groups: List of (list with a tensor or None for each variable, weight). A weight of None
+            does not divide.
+
+    Returns:
+        List with a tensor or None for each variable.
+    """
+    means = []
+    for parts in zip(*(sums for sums, _ in groups), strict=True):
+        present = [
+            total if weight is None else weighted_mean(total, weight)
+            for total, (_, weight) in zip(parts, groups, strict=True)
+            if total is not None
+        ]
+        means.append(tf.add_n(present) if present else None)
+    return means
+
+
+def _variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
+    # Each replica has its own; what is read outside a replica, and saved, is their sum.
     return tf.Variable(
         tf.zeros(shape, dtype),
         trainable=False,
         synchronization=tf.VariableSynchronization.ON_READ,
-        aggregation=tf.VariableAggregation.SUM,
+        aggregation=aggregation,
         name=name,
     )
 
@@ -77,17 +100,22 @@ class _Group(tf.Module):
         ]
 
     def add(self, gradients, weight, averaged):
+        replicas = number_of_replicas()
+        factor = weight
+        if averaged and replicas > 1:
+            # Under a strategy, what averages was divided by the number of replicas.
+            factor = replicas if weight is None else replicas * tf.cast(weight, tf.float64)
         for total, gradient in zip(self.sums, gradients, strict=True):
             if gradient is None:
                 continue
-            gradient = scale_gradient(gradient, weight, total.dtype)
+            gradient = scale_gradient(gradient, factor, total.dtype)
             if isinstance(gradient, tf.IndexedSlices):
                 total.scatter_add(gradient)
             else:
                 total.assign_add(gradient)
         one = tf.ones((), self.weight.dtype)
         if not averaged:
-            self.weight.assign(one)
+            self.weight.assign(one / replicas)
         elif weight is None:
             self.weight.assign_add(one)
         else:
@@ -118,15 +146,8 @@ class GradientAccumulator(tf.Module):
         # Keras builds optimizers while it traces the first training step.
         with tf.init_scope():
             first = tf.VariableAggregation.ONLY_FIRST_REPLICA
-            self.micro_step = tf.Variable(
-                tf.zeros((), tf.int64), trainable=False, aggregation=first, name="micro_step"
-            )
-            self.received = tf.Variable(
-                tf.zeros(len(variables), tf.bool),
-                trainable=False,
-                aggregation=first,
-                name="received",
-            )
+            self.micro_step = _variable((), tf.int64, "micro_step", first)
+            self.received = _variable((len(variables),), tf.bool, "received", first)
             self._groups = [_Group(self._shapes, "group_0")]
 
     @property
@@ -177,14 +198,21 @@ class GradientAccumulator(tf.Module):
         return tf.where(self.received)[:, 0].numpy().tolist()
 
     def mean(self, indices):
-        """List of the mean gradients of the variables `indices`; None for every other one."""
+        """List of the mean gradients of the variables `indices`; None for every other one.
+
+        Over all replicas, which talk to each other here and nowhere else.
+        """
         indices = set(indices)
-        return [
-            tf.add_n([weighted_mean(group.sums[i], group.weight) for group in self._groups])
-            if i in indices
-            else None
-            for i in range(len(self._shapes))
-        ]
+        groups = sum_over_replicas(
+            [
+                (
+                    [t.value() if i in indices else None for i, t in enumerate(g.sums)],
+                    g.weight.value(),
+                )
+                for g in self._groups
+            ]
+        )
+        return sum_of_means(groups)
 
     def reset(self):
         """Sets every variable to zero."""

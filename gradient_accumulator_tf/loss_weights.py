@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf.accumulator import Contribution
+from gradient_accumulator_tf.replicas import number_of_replicas
 
 
 class Term(NamedTuple):
@@ -74,8 +75,7 @@ def denominator(loss, values, y_true, y_pred, sample_weight):
     total = _Ones(values, "sum", loss.dtype)(y_true, y_pred, sample_weight)
     mean = _Ones(values, loss.reduction, loss.dtype)(y_true, y_pred, sample_weight)
     # Under a strategy Keras divides what averages by the number of replicas as well.
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    return tf.math.divide_no_nan(total, mean * tf.cast(replicas, mean.dtype))
+    return tf.math.divide_no_nan(total, mean * number_of_replicas())
 
 
 class LossRecorder:
@@ -168,7 +168,8 @@ def contributions(tape, loss, terms, variables, scale, examples, share):
         variables: List of variables to take the gradients of.
         scale: Scalar factor on every gradient (the loss scale).
         examples: Scalar, the examples in this micro-batch.
-        share: Scalar, what part of the effective batch's examples that is; None if unknown.
+        share: Scalar, these examples by the effective batch's on an average replica; None if
+            unknown.
 
     Returns:
         Non-empty list of `Contribution`; without one for a denominator that no variable's
@@ -179,6 +180,8 @@ def contributions(tape, loss, terms, variables, scale, examples, share):
         seeds = [tf.cast(scale * seed, t.dtype) for t, seed in zip(targets, seeds, strict=True)]
         return tape.gradient(targets, variables, output_gradients=seeds)
 
+    # Keras divides what averages by the replicas; across steps the accumulator undoes it.
+    undo = number_of_replicas() if share is not None else 1
     summed = [t for t in terms if not t.averaged]
     values, coefficients = [t.value for t in summed], [t.coefficient for t in summed]
     if share is not None:
@@ -190,7 +193,7 @@ def contributions(tape, loss, terms, variables, scale, examples, share):
         if summed:
             groups.append(Contribution(gradients(values, coefficients), None, False))
     groups += [
-        Contribution(gradients([t.value], [t.coefficient]), t.denominator, True)
+        Contribution(gradients([t.value], [undo * t.coefficient]), t.denominator, True)
         for t in terms
         if t.denominator is not None
     ]
@@ -213,7 +216,9 @@ def loss_sums(loss, terms, share):
             parts.append((t.value * tf.cast(share, t.value.dtype), None, None))
             continue
         rest -= tf.cast(t.coefficient * t.value, loss.dtype)
-        numerator = t.value if t.denominator is None else t.value * t.denominator
+        numerator = t.value
+        if t.denominator is not None:
+            numerator *= number_of_replicas() * t.denominator
         parts.append((numerator, t.coefficient * numerator, t.denominator))
     return rest * share, parts
 

@@ -85,7 +85,7 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add):
     turns = (examples + micro_batch_size - 1) // micro_batch_size - 1
     if tf.executing_eagerly():
         total = None
-        for turn in range(turns + 1):
+        for turn in range(max(turns, 0) + 1):
             start = turn * micro_batch_size
             size = min(micro_batch_size, examples - start)
             summands, rest = step(slice_batch(batch, start, size))

@@ -11,7 +11,7 @@ from gradient_accumulator_tf.accumulator import (
     accumulation_dtype,
     add_gradient,
     scale_gradient,
-    weighted_mean,
+    sum_of_means,
 )
 from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
 from gradient_accumulator_tf.loss_weights import (
@@ -23,6 +23,7 @@ from gradient_accumulator_tf.loss_weights import (
 )
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
 from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer
+from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas
 
 _TRAINER_METHODS = (
     "train_step",
@@ -214,30 +215,37 @@ class GradientAccumulateModel(keras.Model):
             variables = self.trainable_weights * len(groups)
             with self._accumulating_optimizer.counting([group[1:] for group in groups]):
                 self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        return self._with_loss(logs, data, loss, [t.value for t in terms])
+        # Keras divides losses by the number of replicas, and logs them undivided.
+        replicas = number_of_replicas()
+        return self._with_loss(logs, data, replicas * loss, [replicas * t.value for t in terms])
 
     def _train_within_step(self, data):
         variables = self.trainable_weights
-        examples = batch_size(data)
+        everywhere = sum_over_replicas(tf.cast(batch_size(data), tf.float64))
+        per_replica = everywhere / number_of_replicas()
 
         def step(micro_batch):
-            share = tf.cast(batch_size(micro_batch), tf.float64) / tf.cast(examples, tf.float64)
+            share = tf.cast(batch_size(micro_batch), tf.float64) / per_replica
             groups, loss, terms, logs = self._micro_step(micro_batch, share)
             summands = [(g.gradients, g.weight) for g in groups], loss_sums(loss, terms, share)
             return summands, logs
 
-        (groups, losses), logs = sum_over_micro_batches(
+        sums, logs = sum_over_micro_batches(
             step,
             data,
             self.micro_batch_size,
             zeros=lambda summands: _zeros(summands, variables),
             add=_add,
         )
+        groups, losses = sum_over_replicas(sums)
         if groups:
-            means = _sum_of_means(groups)
+            means = sum_of_means(groups)
             # The graph of a step also runs in the call that finds the data at its end: without
             # its gradients, the update must not count.
-            with tf.control_dependencies([g for g in means if g is not None]):
+            with (
+                tf.control_dependencies([g for g in means if g is not None]),
+                _compat.gradients_are_reduced(self.optimizer),
+            ):
                 self.optimizer.apply_gradients(zip(means, variables, strict=True))
         return self._with_loss(logs, data, *loss_from_sums(losses))
 
@@ -246,8 +254,8 @@ class GradientAccumulateModel(keras.Model):
 
         Args:
             data: `(x, y, sample_weight)`.
-            share: Scalar, what part of the effective batch's examples this is; None if that is
-                not known before the cycle's end.
+            share: Scalar, the examples here by the effective batch's on an average replica; None
+                if that is not known before the cycle's end.
 
         Returns:
             List of `Contribution` (empty if nothing can be trained), the loss, its list of
@@ -274,9 +282,9 @@ class GradientAccumulateModel(keras.Model):
 
     def _with_loss(self, logs, data, loss, values):
         """The logs after the metrics of the loss, and of each output's, have seen a step's."""
-        _compat.track_loss(self, loss, batch_size(data))
-        # Keras weights these by the batch size where it is static, so as the large batch does.
         examples = batch_size(data)
+        _compat.track_loss(self, loss, examples)
+        # Keras weights these by the batch size where it is static, so as the large batch does.
         weight = examples if isinstance(examples, int) else None
         for metric, value in zip(_compat.per_output_loss_metrics(self), values, strict=False):
             metric.update_state(value, sample_weight=weight)
@@ -471,16 +479,3 @@ def _add(total, summands):
         lambda t, new: None if t is None else t + new, losses, new_losses
     )
     return sums, losses
-
-
-def _sum_of_means(groups):
-    """The gradient of the whole effective batch: each group's sum by its weight, added up."""
-    means = []
-    for parts in zip(*(gradients for gradients, _ in groups), strict=True):
-        present = [
-            total if weight is None else weighted_mean(total, weight)
-            for total, (_, weight) in zip(parts, groups, strict=True)
-            if total is not None
-        ]
-        means.append(tf.add_n(present) if present else None)
-    return means

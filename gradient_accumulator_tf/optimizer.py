@@ -10,6 +10,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_positive_int, refuse_arguments
 from gradient_accumulator_tf.accumulator import Contribution, GradientAccumulator
+from gradient_accumulator_tf.replicas import number_of_replicas
 
 
 def _owned_by_inner(name):
@@ -106,6 +107,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._accumulator = None
         self._next_counts = None
         self._state_to_load = None
+        self._strategy = tf.distribute.get_strategy()
 
     weight_decay = _owned_by_inner("weight_decay")
     clipnorm = _owned_by_inner("clipnorm")
@@ -214,16 +216,18 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         contributions = [Contribution(g, *c) for g, c in zip(groups, counts, strict=True)]
         self._accumulator.add(*contributions)
         self._update_if(
-            tf.greater_equal(self._accumulator.micro_step, self._accum_steps),
+            lambda: tf.greater_equal(self._accumulator.micro_step, self._accum_steps),
             certain={i for g in groups for i, gradient in enumerate(g) if gradient is not None},
         )
 
     @tf.autograph.experimental.do_not_convert
     def flush(self):
         """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
-        if self._accumulator is not None:
+        if self._accumulator is None:
+            return
+        with self._in_strategy():
             self._update_if(
-                tf.greater(self._accumulator.micro_step, 0),
+                lambda: tf.greater(self._accumulator.micro_step, 0),
                 certain=self._accumulator.ever_received,
             )
 
@@ -231,7 +235,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     def reset(self):
         """Drops what a partial cycle holds, without an update."""
         if self._accumulator is not None:
-            self._accumulator.reset()
+            with self._in_strategy():
+                self._accumulator.reset()
 
     @contextlib.contextmanager
     def counting(self, counts):
@@ -349,35 +354,68 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             groups[group][index] = gradient
         return groups
 
-    def _update_if(self, due, certain):
-        """Updates and starts a new cycle if `due`.
+    def _in_strategy(self):
+        """The scope of the strategy that the variables were made in, where none is entered."""
+        if tf.distribute.has_strategy():
+            return contextlib.nullcontext()
+        return self._strategy.scope()
+
+    def _update_if(self, is_due, certain):
+        """Updates and starts a new cycle if `is_due()`, in replica or cross-replica context.
 
         A loop of no or one turn rather than a conditional: XLA copies every variable around a
         conditional, and updates them in place in a loop.
+
+        Args:
+            is_due: Function that returns a scalar bool tensor, the same on all replicas.
+            certain: Indices of the variables that got a gradient in this cycle for certain.
         """
 
-        def update(_):
-            self._apply_mean(certain)
-            self._accumulator.reset()
-            return (tf.constant(False),)
+        def update_if_due(run):
+            def turn(_):
+                self._update(run, certain)
+                return (tf.constant(False),)
 
-        tf.while_loop(lambda due: due, update, (due,), parallel_iterations=1)
+            tf.while_loop(lambda due: due, turn, (is_due(),), parallel_iterations=1)
 
-    def _apply_mean(self, certain):
-        """Hands the cycle's means to the inner optimizer, None for what got no gradient."""
+        if number_of_replicas() == 1 or _compat.replicas_need_no_merge_call():
+            update_if_due(lambda function: function())
+            return
+
+        # A replica may not synchronise inside a loop; a loop outside the replicas may run them.
+        def across_replicas(strategy):
+            update_if_due(strategy.extended.call_for_each_replica)
+
+        if tf.distribute.in_cross_replica_context():
+            across_replicas(tf.distribute.get_strategy())
+        else:
+            tf.distribute.get_replica_context().merge_call(across_replicas)
+
+    def _update(self, run, certain):
+        """Hands the cycle's means to the inner optimizer, None for what got no gradient.
+
+        Args:
+            run: Function that runs a function on every replica.
+            certain: Indices of the variables that got a gradient in this cycle for certain.
+        """
         accumulator, everything = self._accumulator, range(len(self._trainable_variables))
-
-        def apply(indices):
-            self.inner_optimizer.apply(accumulator.mean(indices), self._trainable_variables)
-
         others = sorted(set(everything) - set(certain))
+
+        def update(indices):
+            mean = accumulator.mean(indices)
+            with _compat.gradients_are_reduced(self.inner_optimizer):
+                self.inner_optimizer.apply(mean, self._trainable_variables)
+            accumulator.reset()
+
         if tf.executing_eagerly():
-            apply(accumulator.received_indices())
+            run(lambda: update(accumulator.received_indices()))
         elif not others:
-            apply(everything)
+            run(lambda: update(everything))
         else:
             tf.cond(
-                accumulator.any_received(others), lambda: apply(everything), lambda: apply(certain)
+                accumulator.any_received(others),
+                lambda: run(lambda: update(everything)),
+                lambda: run(lambda: update(certain)),
             )
 
     def _load_state(self, state):

@@ -408,7 +408,7 @@ def test_mixed_float16_puts_the_loss_scale_outside():
         # The policy of a Sequential is the global one.
         model.compile(keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=256.0), "mse")
         model.fit(x, y, batch_size=batch_size, epochs=3, shuffle=False, verbose=0)
-        assert int(model.optimizer.iterations.numpy()) == 9
+        assert int(model.optimizer.inner_optimizer.iterations.numpy()) == 9
         weights.append(model.get_weights())
     # The forward pass is in float16, whose rounding depends on the batch.
     assert difference(*weights) < 1e-3
