@@ -28,6 +28,13 @@ def check_positive_int(name, value, meaning):
     return int(value)
 
 
+def check_choice(name, value, choices):
+    """Raises ValueError if `value` is not one of the strings `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        known = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"`{name}` must be {known}. Received: {name}={value!r}.")
+
+
 def refuse_arguments(owner, arguments, instead):
     """Raises if any of `arguments` (a dict of keyword arguments) was passed to `owner`."""
     if arguments:

@@ -150,6 +150,17 @@ def replicas_need_no_merge_call():
     return tf.__internal__.distribute.strategy_supports_no_merge_call()
 
 
+def replica_local(variable):
+    """This replica's own variable of one that is read as a sum over replicas.
+
+    `DistributedVariable._get` (TensorFlow 2.16 to 2.21): such a variable takes `assign_add`, and
+    not `scatter_add`, on a replica's behalf.
+    """
+    import tensorflow as tf
+
+    return variable._get() if isinstance(variable, tf.distribute.DistributedValues) else variable
+
+
 @contextlib.contextmanager
 def gradients_are_reduced(optimizer):
     """Within this context the optimizer takes gradients that are already summed over replicas.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas
 
 
@@ -100,24 +101,25 @@ class _Group(tf.Module):
         ]
 
     def add(self, gradients, weight, averaged):
+        # Under a strategy, what averages was divided by the number of replicas. A weight undoes
+        # it; without one, a micro-step counts 1 over all replicas.
         replicas = number_of_replicas()
         factor = weight
-        if averaged and replicas > 1:
-            # Under a strategy, what averages was divided by the number of replicas.
-            factor = replicas if weight is None else replicas * tf.cast(weight, tf.float64)
+        if averaged and weight is not None and replicas > 1:
+            factor = replicas * tf.cast(weight, tf.float64)
         for total, gradient in zip(self.sums, gradients, strict=True):
             if gradient is None:
                 continue
             gradient = scale_gradient(gradient, factor, total.dtype)
             if isinstance(gradient, tf.IndexedSlices):
-                total.scatter_add(gradient)
+                _compat.replica_local(total).scatter_add(gradient)
             else:
                 total.assign_add(gradient)
-        one = tf.ones((), self.weight.dtype)
+        part = tf.ones((), self.weight.dtype) / replicas
         if not averaged:
-            self.weight.assign(one / replicas)
+            self.weight.assign(part)
         elif weight is None:
-            self.weight.assign_add(one)
+            self.weight.assign_add(part)
         else:
             self.weight.assign_add(tf.cast(weight, self.weight.dtype))
 

@@ -158,7 +158,7 @@ def with_coefficients(terms, tape, loss):
     ]
 
 
-def contributions(tape, loss, terms, variables, scale, examples, share):
+def contributions(tape, loss, terms, variables, scale, weight, share):
     """The gradients of one micro-batch's loss, apart by their denominators.
 
     Args:
@@ -167,9 +167,9 @@ def contributions(tape, loss, terms, variables, scale, examples, share):
         terms: List of `Term` with coefficients.
         variables: List of variables to take the gradients of.
         scale: Scalar factor on every gradient (the loss scale).
-        examples: Scalar, the examples in this micro-batch.
-        share: Scalar, these examples by the effective batch's on an average replica; None if
-            unknown.
+        weight: Scalar that what no compiled loss measures counts for: the examples.
+        share: Scalar, `weight` by the whole effective batch's on an average replica; None if it
+            is not known yet.
 
     Returns:
         Non-empty list of `Contribution`; without one for a denominator that no variable's
@@ -180,20 +180,18 @@ def contributions(tape, loss, terms, variables, scale, examples, share):
         seeds = [tf.cast(scale * seed, t.dtype) for t, seed in zip(targets, seeds, strict=True)]
         return tape.gradient(targets, variables, output_gradients=seeds)
 
-    # Keras divides what averages by the replicas; across steps the accumulator undoes it.
-    undo = number_of_replicas() if share is not None else 1
     summed = [t for t in terms if not t.averaged]
     values, coefficients = [t.value for t in summed], [t.coefficient for t in summed]
     if share is not None:
-        # The weight of the examples is known now, and costs nothing on the scalar.
+        # A weight that is known costs nothing on the scalar.
         share = tf.cast(share, scale.dtype)
         groups = [Contribution(gradients([loss, *values], [share, *coefficients]), None, False)]
     else:
-        groups = [Contribution(gradients([loss], [tf.ones_like(scale)]), examples, True)]
+        groups = [Contribution(gradients([loss], [tf.ones_like(scale)]), weight, True)]
         if summed:
             groups.append(Contribution(gradients(values, coefficients), None, False))
     groups += [
-        Contribution(gradients([t.value], [undo * t.coefficient]), t.denominator, True)
+        Contribution(gradients([t.value], [t.coefficient]), t.denominator, True)
         for t in terms
         if t.denominator is not None
     ]
@@ -201,37 +199,53 @@ def contributions(tape, loss, terms, variables, scale, examples, share):
     return used or groups[:1]
 
 
-def loss_sums(loss, terms, share):
+def loss_sums(loss, terms, weight, share):
     """What to add up over the micro-batches of an effective batch to know its loss.
 
+    Args:
+        loss: As for `contributions`, and so are `terms`, `weight` and `share`.
+        terms: See there.
+        weight: See there.
+        share: See there.
+
     Returns:
-        `(rest, terms)`: the examples' share of what no leaf stands for, and for each term its
-        numerator, the same times its coefficient, and its denominator (None where the sum of
-        the numerators is the effective batch's value).
+        List of (numerator, numerator times coefficient, denominator): for each term, and last
+        for the rest of the loss, that no leaf stands for. A denominator of None is 1, a
+        numerator times coefficient of None is part of the rest.
     """
-    share = tf.cast(share, loss.dtype)
+
+    def counted(value):
+        factor, divisor = (weight, weight) if share is None else (share, None)
+        divisor = None if divisor is None else tf.cast(divisor, value.dtype)
+        return value * tf.cast(factor, value.dtype), divisor
+
     rest, parts = loss, []
     for t in terms:
         if t.leaf is None:
-            parts.append((t.value * tf.cast(share, t.value.dtype), None, None))
+            numerator, divisor = counted(t.value)
+            parts.append((numerator, None, divisor))
             continue
         rest -= tf.cast(t.coefficient * t.value, loss.dtype)
-        numerator = t.value
-        if t.denominator is not None:
-            numerator *= number_of_replicas() * t.denominator
+        numerator = t.value if t.denominator is None else t.value * t.denominator
         parts.append((numerator, t.coefficient * numerator, t.denominator))
-    return rest * share, parts
+    numerator, divisor = counted(rest)
+    return [*parts, (numerator, numerator, divisor)]
 
 
 def loss_from_sums(sums):
     """The effective batch's total loss and its list of terms, from the sum of `loss_sums`."""
-    total, parts = sums
-    values = []
-    for numerator, weighted, divisor in parts:
-        if divisor is not None:
-            numerator = tf.math.divide_no_nan(numerator, divisor)
-            weighted = tf.math.divide_no_nan(weighted, divisor)
-        if weighted is not None:
-            total += tf.cast(weighted, total.dtype)
-        values.append(numerator)
-    return total, values
+
+    def divided(numerator, divisor):
+        if divisor is None:
+            return numerator
+        # Under a strategy, what averages was divided by the number of replicas.
+        return number_of_replicas() * tf.math.divide_no_nan(numerator, divisor)
+
+    total = tf.add_n(
+        [
+            tf.cast(divided(weighted, divisor), sums[-1][0].dtype)
+            for _, weighted, divisor in sums
+            if weighted is not None
+        ]
+    )
+    return total, [divided(numerator, divisor) for numerator, _, divisor in sums[:-1]]

@@ -1,6 +1,7 @@
 """GradientAccumulateModel: a Keras model whose `train_step` accumulates."""
 
 import warnings
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -24,6 +25,18 @@ from gradient_accumulator_tf.loss_weights import (
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
 from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer
 from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas
+
+
+class _MicroStep(NamedTuple):
+    """What one micro-batch's forward and backward pass found."""
+
+    groups: list  # of Contribution; empty if there is nothing to train
+    loss: Any
+    terms: list  # of Term
+    weight: Any  # of what no compiled loss measures
+    share: Any  # that weight by the effective batch's, if known
+    logs: dict
+
 
 _TRAINER_METHODS = (
     "train_step",
@@ -157,6 +170,12 @@ class GradientAccumulateModel(keras.Model):
         """
         super().compile(self._accumulating(optimizer), *args, **kwargs)
 
+    def compile_from_config(self, config):
+        """Compiles a loaded model; Keras asks for it where `compile` is overridden."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built and self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
     def fit(
         self,
         x=None,
@@ -208,27 +227,55 @@ class GradientAccumulateModel(keras.Model):
             return self._train_across_steps(data)
         return self._train_within_step(data)
 
+    def micro_batch_weight(self, x, y, sample_weight):
+        """What a micro-batch counts for where no compiled loss tells; to be overridden.
+
+        It is the weight of `add_loss` terms and regularisers, and of all that a `compute_loss`
+        of your own returns, if that calls none of the losses given to `compile`. Return what
+        the loss was divided by, for example the number of valid tokens:
+
+        ```python
+        def micro_batch_weight(self, x, y, sample_weight):
+            return keras.ops.sum(keras.ops.cast(y != 0, "float32"))
+        ```
+
+        Args:
+            x: The micro-batch's inputs.
+            y: Its targets.
+            sample_weight: Its weights or None.
+
+        Returns:
+            Scalar tensor >= 0, or None (the default) for the number of examples.
+        """
+        return None
+
     def _train_across_steps(self, data):
-        groups, loss, terms, logs = self._micro_step(data, share=None)
-        if groups:
-            gradients = [g for group in groups for g in group.gradients]
-            variables = self.trainable_weights * len(groups)
-            with self._accumulating_optimizer.counting([group[1:] for group in groups]):
+        step = self._micro_step(data)
+        if step.groups:
+            gradients = [g for group in step.groups for g in group.gradients]
+            variables = self.trainable_weights * len(step.groups)
+            with self._accumulating_optimizer.counting([group[1:] for group in step.groups]):
                 self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        weight = step.weight
+        if len(step.terms) == 1 and step.terms[0].denominator is not None:
+            weight = step.terms[0].denominator
         # Keras divides losses by the number of replicas, and logs them undivided.
         replicas = number_of_replicas()
-        return self._with_loss(logs, data, replicas * loss, [replicas * t.value for t in terms])
+        values = [
+            (replicas * t.value, step.weight if t.denominator is None else t.denominator)
+            for t in step.terms
+        ]
+        return self._with_loss(step.logs, (replicas * step.loss, weight), values)
 
     def _train_within_step(self, data):
         variables = self.trainable_weights
-        everywhere = sum_over_replicas(tf.cast(batch_size(data), tf.float64))
-        per_replica = everywhere / number_of_replicas()
+        examples = batch_size(data)
+        total = sum_over_replicas(tf.cast(examples, tf.float64)) / number_of_replicas()
 
         def step(micro_batch):
-            share = tf.cast(batch_size(micro_batch), tf.float64) / per_replica
-            groups, loss, terms, logs = self._micro_step(micro_batch, share)
-            summands = [(g.gradients, g.weight) for g in groups], loss_sums(loss, terms, share)
-            return summands, logs
+            step = self._micro_step(micro_batch, total)
+            losses = loss_sums(step.loss, step.terms, step.weight, step.share)
+            return ([(g.gradients, g.weight) for g in step.groups], losses), step.logs
 
         sums, logs = sum_over_micro_batches(
             step,
@@ -239,7 +286,10 @@ class GradientAccumulateModel(keras.Model):
         )
         groups, losses = sum_over_replicas(sums)
         if groups:
-            means = sum_of_means(groups)
+            # Under a strategy, what averages was divided by the number of replicas.
+            means = sum_of_means(
+                [(g, None if w is None else w / number_of_replicas()) for g, w in groups]
+            )
             # The graph of a step also runs in the call that finds the data at its end: without
             # its gradients, the update must not count.
             with (
@@ -247,46 +297,51 @@ class GradientAccumulateModel(keras.Model):
                 _compat.gradients_are_reduced(self.optimizer),
             ):
                 self.optimizer.apply_gradients(zip(means, variables, strict=True))
-        return self._with_loss(logs, data, *loss_from_sums(losses))
+        loss, values = loss_from_sums(losses)
+        # Keras weights these by the batch size where it is static, so as the large batch does.
+        weight = examples if isinstance(examples, int) else None
+        return self._with_loss(logs, (loss, examples), [(value, weight) for value in values])
 
-    def _micro_step(self, data, share):
+    def _micro_step(self, data, total=None):
         """Forward and backward pass of one micro-batch.
 
         Args:
             data: `(x, y, sample_weight)`.
-            share: Scalar, the examples here by the effective batch's on an average replica; None
-                if that is not known before the cycle's end.
-
-        Returns:
-            List of `Contribution` (empty if nothing can be trained), the loss, its list of
-            `Term`, and the metrics' values.
+            total: float64 scalar, examples of the effective batch on an average replica; None
+                if they are not known before the cycle's end.
         """
         x, y, sample_weight = data
         with tf.GradientTape(persistent=True) as tape:
             training = {"training": True} if _compat.call_has_training_argument(self) else {}
             y_pred = self(x, **training)
-            recorder = LossRecorder(tape, same_shapes=share is not None)
+            recorder = LossRecorder(tape, same_shapes=total is not None)
             with _compat.replaced_losses(self, recorder.replace):
                 loss = _compat.compute_loss(self, x, y, y_pred, sample_weight)
         terms = with_coefficients(recorder.terms, tape, loss)
+        weight, share = self.micro_batch_weight(x, y, sample_weight), None
+        if weight is None:
+            weight = batch_size(data)
+            share = None if total is None else tf.cast(weight, total.dtype) / total
         groups = []
         if self.trainable_weights:
             scale = self.optimizer.scale_loss(tf.ones((), loss.dtype))
-            groups = contributions(
-                tape, loss, terms, self.trainable_weights, scale, batch_size(x), share
-            )
+            groups = contributions(tape, loss, terms, self.trainable_weights, scale, weight, share)
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-        return groups, loss, terms, logs
+        return _MicroStep(groups, loss, terms, weight, share, logs)
 
-    def _with_loss(self, logs, data, loss, values):
-        """The logs after the metrics of the loss, and of each output's, have seen a step's."""
-        examples = batch_size(data)
-        _compat.track_loss(self, loss, examples)
-        # Keras weights these by the batch size where it is static, so as the large batch does.
-        weight = examples if isinstance(examples, int) else None
-        for metric, value in zip(_compat.per_output_loss_metrics(self), values, strict=False):
+    def _with_loss(self, logs, loss, values):
+        """The logs after the metrics of the loss, and of each output's, have seen a step's.
+
+        Args:
+            logs: Dict of the metrics' values before that.
+            loss: Tuple of the total loss and its weight in the mean over the epoch.
+            values: List of the same for each compiled loss.
+        """
+        _compat.track_loss(self, *loss)
+        metrics = _compat.per_output_loss_metrics(self)
+        for metric, (value, weight) in zip(metrics, values, strict=False):
             metric.update_state(value, sample_weight=weight)
         results = self.get_metrics_result()
         return {name: results.get(name, value) for name, value in logs.items()}
@@ -318,6 +373,13 @@ class GradientAccumulateModel(keras.Model):
                 "the inner optimizer to `compile`, or the wrapped one to a plain keras.Model."
             )
         if self.accum_steps is None:
+            keras_steps = getattr(inner, "gradient_accumulation_steps", None)
+            if keras_steps:
+                raise ValueError(
+                    "The model accumulates, so its optimizer must not do it as well. Received: "
+                    f"{type(inner).__name__}(gradient_accumulation_steps={keras_steps}) for a "
+                    f"model with micro_batch_size={self.micro_batch_size}. Leave that argument out."
+                )
             return optimizer
         if inner is optimizer:
             return GradientAccumulateOptimizer(optimizer, self.accum_steps)

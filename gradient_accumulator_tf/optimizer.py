@@ -8,8 +8,12 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf._checks import check_positive_int, refuse_arguments
-from gradient_accumulator_tf.accumulator import Contribution, GradientAccumulator
+from gradient_accumulator_tf._checks import check_choice, check_positive_int, refuse_arguments
+from gradient_accumulator_tf.accumulator import (
+    Contribution,
+    GradientAccumulator,
+    scale_gradient,
+)
 from gradient_accumulator_tf.replicas import number_of_replicas
 
 
@@ -39,10 +43,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     The result equals that of the inner optimizer on the effective batch if each `g_k` is the
     gradient of a mean over micro-batch k and `w_k` is what that mean was divided by (examples, or
     tokens); with equal micro-batches and no masks the default weight does. It does not if a
-    layer looks across examples (BatchNormalization) or draws random numbers (Dropout), or for a
-    loss with `reduction="sum"`. Embedding gradients (`tf.IndexedSlices`) are scattered into the
-    sum, so that the update is the dense gradient's: Adam on the sparse gradient of a large batch
-    squares repeated rows before it sums them, and differs.
+    layer looks across examples (BatchNormalization) or draws random numbers (Dropout). Embedding
+    gradients (`tf.IndexedSlices`) are scattered into the sum, so that the update is the dense
+    gradient's: Adam on the sparse gradient of a large batch squares repeated rows before it sums
+    them, and differs.
 
     ```python
     optimizer = GradientAccumulateOptimizer("adam", accum_steps=8)
@@ -72,6 +76,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     Args:
         optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
         accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer.
+        reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`; "sum" with
+            `sum_k w_k g_k`, which is the effective batch's gradient if the loss sums over
+            examples.
         name: Optional name.
         **kwargs: None is taken: clipping, weight decay, moving averages and the loss scale are
             the inner optimizer's arguments.
@@ -79,6 +86,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     Attributes:
         inner_optimizer: The wrapped optimizer.
         accum_steps: Micro-batches per update.
+        reduction: "mean" or "sum".
         iterations: int64 scalar variable, the number of updates.
         micro_step: int64 scalar variable, the micro-batches in the current cycle.
         learning_rate: The inner optimizer's; can be set.
@@ -92,8 +100,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         https://optax.readthedocs.io/en/latest/api/optimizer_wrappers.html).
     """
 
-    def __init__(self, optimizer, accum_steps, name=None, **kwargs):
+    def __init__(self, optimizer, accum_steps, reduction="mean", name=None, **kwargs):
         accum_steps = check_positive_int("accum_steps", accum_steps, "micro-batches per update")
+        check_choice("reduction", reduction, ("mean", "sum"))
         refuse_arguments(
             "GradientAccumulateOptimizer",
             kwargs,
@@ -104,6 +113,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = optimizer
         self._accum_steps = accum_steps
+        self._reduction = reduction
         self._accumulator = None
         self._next_counts = None
         self._state_to_load = None
@@ -123,6 +133,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     def accum_steps(self):
         """Micro-batches per update."""
         return self._accum_steps
+
+    @property
+    def reduction(self):
+        """What an update takes of the cycle's gradients: "mean" or "sum"."""
+        return self._reduction
 
     @property
     def iterations(self):
@@ -209,10 +224,15 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 f"negative. Received: weight={weight}. Pass 0 for one that does not count."
             )
         groups = self._aligned(grads, trainable_variables)
-        if self._accum_steps == 1 and len(groups) == 1:
+        averaged = self._reduction == "mean"
+        if self._accumulator is None:
+            if weight is not None and not averaged:
+                groups = [
+                    [g if g is None else scale_gradient(g, weight, g.dtype) for g in groups[0]]
+                ]
             self.inner_optimizer.apply(groups[0], self._trainable_variables)
             return
-        counts = self._next_counts or [(weight, True)] * len(groups)
+        counts = self._next_counts or [(weight, averaged)] * len(groups)
         contributions = [Contribution(g, *c) for g, c in zip(groups, counts, strict=True)]
         self._accumulator.add(*contributions)
         self._update_if(
@@ -302,6 +322,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             "name": self.name,
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "accum_steps": self._accum_steps,
+            "reduction": self._reduction,
         }
 
     @classmethod
@@ -378,16 +399,14 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
             tf.while_loop(lambda due: due, turn, (is_due(),), parallel_iterations=1)
 
-        if number_of_replicas() == 1 or _compat.replicas_need_no_merge_call():
-            update_if_due(lambda function: function())
-            return
-
         # A replica may not synchronise inside a loop; a loop outside the replicas may run them.
         def across_replicas(strategy):
             update_if_due(strategy.extended.call_for_each_replica)
 
         if tf.distribute.in_cross_replica_context():
             across_replicas(tf.distribute.get_strategy())
+        elif number_of_replicas() == 1 or _compat.replicas_need_no_merge_call():
+            update_if_due(lambda function: function())
         else:
             tf.distribute.get_replica_context().merge_call(across_replicas)
 

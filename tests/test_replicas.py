@@ -1,0 +1,182 @@
+"""Both wrappers on two logical devices: the large batch of one device, one sum per update."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from tests.oracle import dense_model, difference, regression_data, state_of
+
+KINDS = ["optimizer", "across_steps", "within_a_step"]
+
+
+@pytest.fixture(params=["mirrored", "one_device"])
+def strategy(request):
+    if request.param == "one_device":
+        return tf.distribute.OneDeviceStrategy("CPU:1")
+    # Strategies made one after the other in one process share the keys of collectives.
+    return tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+
+
+def _compiled(kind, make_optimizer, loss, strategy, model=dense_model, **kwargs):
+    with strategy.scope():
+        net, optimizer = model(), make_optimizer()
+        if kind == "optimizer":
+            optimizer = GradientAccumulateOptimizer(optimizer, 4)
+        elif kind == "across_steps":
+            net = GradientAccumulateModel(model=net, accum_steps=4)
+        else:
+            net = GradientAccumulateModel(model=net, micro_batch_size=3)
+        net.compile(optimizer, loss, **kwargs)
+    return net
+
+
+def _plain(make_optimizer, loss, data, epochs=2, model=dense_model, **kwargs):
+    net = model()
+    net.compile(make_optimizer(), loss, **kwargs)
+    history = net.fit(**data, batch_size=32, epochs=epochs, shuffle=False, verbose=0)
+    return net, history.history
+
+
+OPTIMIZERS = {
+    "adam": lambda: keras.optimizers.Adam(0.02),
+    "sgd_ema": lambda: keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True, ema_momentum=0.8),
+    "adamw": lambda: keras.optimizers.AdamW(0.02, weight_decay=0.1),
+    "clipnorm": lambda: keras.optimizers.SGD(0.1, clipnorm=0.05),
+    "clipvalue": lambda: keras.optimizers.SGD(0.1, clipvalue=0.02),
+    "global_clipnorm": lambda: keras.optimizers.SGD(0.1, global_clipnorm=0.05),
+}
+
+
+@pytest.mark.parametrize(
+    "name, eager",
+    [(name, False) for name in OPTIMIZERS] + [("adam", True), ("global_clipnorm", True)],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_large_batch_of_one_device(kind, name, eager, strategy):
+    x, y, _ = regression_data(96)
+    large, _ = _plain(OPTIMIZERS[name], "mse", {"x": x, "y": y})
+    model = _compiled(kind, OPTIMIZERS[name], "mse", strategy, run_eagerly=eager)
+    size = 32 if kind == "within_a_step" else 8
+    model.fit(x, y, batch_size=size, epochs=2, shuffle=False, verbose=0)
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    assert difference(state_of(optimizer.variables), state_of(large.optimizer.variables)) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_uneven_replicas_give_the_large_batchs_mean(kind, reduction, strategy):
+    # The last effective batch has 11 examples: 6 and 5, and the last micro-batch 2 and 1.
+    loss = lambda: keras.losses.MeanSquaredError(reduction=reduction)  # noqa: E731
+    sgd = lambda: keras.optimizers.SGD(0.01, momentum=0.9)  # noqa: E731
+    regularized = lambda: dense_model(kernel_regularizer="l2")  # noqa: E731
+    data = dict(zip(("x", "y", "sample_weight"), regression_data(75), strict=True))
+    large, history = _plain(sgd, loss(), data, model=regularized, metrics=["mae"])
+    model = _compiled(kind, sgd, loss(), strategy, model=regularized, metrics=["mae"])
+    size = 32 if kind == "within_a_step" else 8
+    logs = model.fit(**data, batch_size=size, epochs=2, shuffle=False, verbose=0).history
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+    if kind == "within_a_step":
+        for name, values in history.items():
+            np.testing.assert_allclose(logs[name], values, rtol=2e-6)
+
+
+def test_a_replica_without_examples(strategy):
+    x, y, _ = regression_data(33)
+    large, _ = _plain(OPTIMIZERS["adam"], "mse", {"x": x, "y": y})
+    model = _compiled("within_a_step", OPTIMIZERS["adam"], "mse", strategy)
+    model.fit(x, y, batch_size=32, epochs=2, shuffle=False, verbose=0)
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+
+
+def _masked_model():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((7,)),
+            keras.layers.Embedding(11, 4, mask_zero=True),
+            keras.layers.SimpleRNN(5, return_sequences=True),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_masked_tokens_are_counted_over_replicas(kind, strategy):
+    # Not Adam, which squares the plain embedding's sparse gradients before it sums them.
+    sgd = lambda: keras.optimizers.SGD(0.5, momentum=0.9)  # noqa: E731
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, 11, size=(64, 7))
+    x[np.arange(7) >= rng.integers(1, 8, size=(64, 1))] = 0
+    y = rng.normal(size=(64, 7, 1)).astype("float32")
+    large, _ = _plain(sgd, "mse", {"x": x, "y": y}, model=_masked_model)
+    model = _compiled(kind, sgd, "mse", strategy, model=_masked_model)
+    size = 32 if kind == "within_a_step" else 8
+    model.fit(x, y, batch_size=size, epochs=2, shuffle=False, verbose=0)
+    assert difference(model.get_weights(), large.get_weights()) < 2e-6
+
+
+def test_custom_loop_with_weights(strategy):
+    x, y, _ = regression_data(96)
+    large, _ = _plain(OPTIMIZERS["adam"], "mse", {"x": x, "y": y}, epochs=1)
+    with strategy.scope():
+        model = dense_model()
+        optimizer = GradientAccumulateOptimizer(OPTIMIZERS["adam"](), 4)
+        optimizer.build(model.trainable_variables)
+    replicas = strategy.num_replicas_in_sync
+
+    def micro_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2) / replicas
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables, weight=tf.shape(x)[0])
+
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    run = tf.function(lambda x, y: strategy.run(micro_step, args=(x, y)))
+    for batch in strategy.experimental_distribute_dataset(dataset):
+        run(*batch)
+    assert int(optimizer.iterations.numpy()) == 3
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+
+
+def test_flush_outside_the_scope(strategy):
+    x, y, _ = regression_data(24)
+    large = dense_model()
+    large.compile(OPTIMIZERS["adam"](), "mse")
+    large.train_on_batch(x, y)
+    model = _compiled("optimizer", OPTIMIZERS["adam"], "mse", strategy)
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)  # three of four: flushed at the end
+    assert int(model.optimizer.iterations.numpy()) == 1
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+
+
+@pytest.mark.parametrize("copy", ["checkpoint", "keras_file"])
+def test_mid_cycle_state_is_the_sum_over_replicas(copy, strategy, tmp_path):
+    x, y, _ = regression_data(32)
+    large = dense_model()
+    large.compile(OPTIMIZERS["adam"](), "mse")
+    large.train_on_batch(x, y)
+
+    model = _compiled("optimizer", OPTIMIZERS["adam"], "mse", strategy)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    steps = iter(strategy.experimental_distribute_dataset(dataset))
+    model.make_train_function()
+    for _ in range(2):
+        model.train_function(steps)
+    assert int(model.optimizer.micro_step.numpy()) == 2
+    if copy == "checkpoint":
+        path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "c")
+        resumed = dense_model(seed=5)
+        resumed.compile(GradientAccumulateOptimizer(OPTIMIZERS["adam"](), 4), "mse")
+        resumed.optimizer.build(resumed.trainable_variables)
+        tf.train.Checkpoint(model=resumed, optimizer=resumed.optimizer).restore(path)
+    else:
+        model.save(tmp_path / "model.keras")
+        resumed = keras.models.load_model(tmp_path / "model.keras")
+    for start in (16, 24):
+        resumed.train_on_batch(x[start : start + 8], y[start : start + 8])
+    assert difference(resumed.get_weights(), large.get_weights()) < 1e-6
