@@ -55,9 +55,13 @@ def test_older_versions_are_refused(monkeypatch, package, version, message):
 
 
 def _snippets():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in pages:
+        blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        for i, block in enumerate(blocks):
+            yield pytest.param(block, id=f"{page.name}-{i}")
 
 
-@pytest.mark.parametrize("index", range(len(_snippets())))
-def test_readme_snippets_run(index, capsys):
-    exec(compile(_snippets()[index], f"README snippet {index}", "exec"), {})
+@pytest.mark.parametrize("snippet", list(_snippets()))
+def test_snippets_run(snippet, capsys):
+    exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})
