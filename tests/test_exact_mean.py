@@ -14,8 +14,10 @@ REDUCTIONS = ["sum_over_batch_size", "mean", "mean_with_sample_weight"]
 
 @pytest.mark.parametrize(
     "weight_shape, masked",
-    [(None, False), ((4,), False), ((4, 1), False), ((4, 3), False)]
-    + [(None, True), ((4, 1), True), ((4, 3), True)],
+    [
+        *((shape, False) for shape in (None, (4,), (4, 1), (4, 3))),
+        *((shape, True) for shape in (None, (4, 1), (4, 3))),
+    ],
 )
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_denominator_is_what_keras_divides_by(reduction, weight_shape, masked):
