@@ -19,11 +19,13 @@ class Contribution(NamedTuple):
         gradients: List with a tensor, a `tf.IndexedSlices` or None for each variable.
         weight: Scalar that the gradients are multiplied by; None is 1.
         averaged: Whether the cycle's sum is divided by the sum of the weights.
+        multiplied: Whether the gradients are multiplied by the weight already.
     """
 
     gradients: list
     weight: Any = None
     averaged: bool = True
+    multiplied: bool = False
 
 
 def accumulation_dtype(dtype):
@@ -100,12 +102,12 @@ class _Group(tf.Module):
             for i, v in enumerate(variables)
         ]
 
-    def add(self, gradients, weight, averaged):
+    def add(self, gradients, weight, averaged, multiplied):
         # Under a strategy, what averages was divided by the number of replicas. A weight undoes
         # it; without one, a micro-step counts 1 over all replicas.
         replicas = number_of_replicas()
-        factor = weight
-        if averaged and weight is not None and replicas > 1:
+        factor = None if multiplied else weight
+        if factor is not None and averaged and replicas > 1:
             factor = replicas * tf.cast(weight, tf.float64)
         for total, gradient in zip(self.sums, gradients, strict=True):
             if gradient is None:

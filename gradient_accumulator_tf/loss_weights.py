@@ -158,7 +158,7 @@ def with_coefficients(terms, tape, loss):
     ]
 
 
-def contributions(tape, loss, terms, variables, scale, weight, share):
+def contributions(tape, loss, terms, variables, scale, weight, share, multiply):
     """The gradients of one micro-batch's loss, apart by their denominators.
 
     Args:
@@ -170,6 +170,8 @@ def contributions(tape, loss, terms, variables, scale, weight, share):
         weight: Scalar that what no compiled loss measures counts for: the examples.
         share: Scalar, `weight` by the whole effective batch's on an average replica; None if it
             is not known yet.
+        multiply: Whether to multiply the gradients by their weights, which costs nothing on the
+            scalar loss but could overflow in a backward pass in float16.
 
     Returns:
         Non-empty list of `Contribution`; without one for a denominator that no variable's
@@ -180,20 +182,25 @@ def contributions(tape, loss, terms, variables, scale, weight, share):
         seeds = [tf.cast(scale * seed, t.dtype) for t, seed in zip(targets, seeds, strict=True)]
         return tape.gradient(targets, variables, output_gradients=seeds)
 
+    def weighted(target, coefficient, weight):
+        if not multiply:
+            return Contribution(gradients([target], [coefficient]), weight)
+        # Under a strategy, what averages was divided by the number of replicas.
+        factor = number_of_replicas() * tf.cast(weight, scale.dtype)
+        seed = factor * tf.cast(coefficient, scale.dtype)
+        return Contribution(gradients([target], [seed]), weight, multiplied=True)
+
     summed = [t for t in terms if not t.averaged]
     values, coefficients = [t.value for t in summed], [t.coefficient for t in summed]
     if share is not None:
-        # A weight that is known costs nothing on the scalar.
         share = tf.cast(share, scale.dtype)
         groups = [Contribution(gradients([loss, *values], [share, *coefficients]), None, False)]
     else:
-        groups = [Contribution(gradients([loss], [tf.ones_like(scale)]), weight, True)]
+        groups = [weighted(loss, tf.ones_like(scale), weight)]
         if summed:
             groups.append(Contribution(gradients(values, coefficients), None, False))
     groups += [
-        Contribution(gradients([t.value], [t.coefficient]), t.denominator, True)
-        for t in terms
-        if t.denominator is not None
+        weighted(t.value, t.coefficient, t.denominator) for t in terms if t.denominator is not None
     ]
     used = [c for c in groups if any(g is not None for g in c.gradients)]
     return used or groups[:1]

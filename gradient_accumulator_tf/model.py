@@ -324,8 +324,13 @@ class GradientAccumulateModel(keras.Model):
             share = None if total is None else tf.cast(weight, total.dtype) / total
         groups = []
         if self.trainable_weights:
+            variables = self.trainable_weights
             scale = self.optimizer.scale_loss(tf.ones((), loss.dtype))
-            groups = contributions(tape, loss, terms, self.trainable_weights, scale, weight, share)
+            in_half = self.compute_dtype == "float16" or isinstance(
+                self.optimizer, keras.optimizers.LossScaleOptimizer
+            )
+            multiply = total is None and not in_half
+            groups = contributions(tape, loss, terms, variables, scale, weight, share, multiply)
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
