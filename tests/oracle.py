@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+from gradient_accumulator_tf import GradientAccumulateModel
+
 # How Keras runs a training step; each test of a wrapper runs in all of them.
 EXECUTIONS = {
     "graph": {},
@@ -48,3 +50,79 @@ def difference(values, expected):
 def state_of(variables):
     """The variables' values, as arrays."""
     return [keras.ops.convert_to_numpy(v) for v in variables]
+
+
+# Examples in an effective batch and in a micro-batch of the model wrapper's tests.
+EFFECTIVE, MICRO = 12, 4
+MODES = ("accum_steps", "micro_batch_size")
+
+
+def accumulating(mode, model=None, **ends):
+    """A GradientAccumulateModel in `mode`, and the batch size that its `fit` is given."""
+    value, batch = {
+        "accum_steps": (EFFECTIVE // MICRO, MICRO),
+        "micro_batch_size": (MICRO, EFFECTIVE),
+    }[mode]
+    return GradientAccumulateModel(model=model, **ends, **{mode: value}), batch
+
+
+def momentum_and_mse():
+    """Arguments of `compile`, new in every call, for a training with a memory."""
+    return {"optimizer": keras.optimizers.SGD(0.05, momentum=0.9), "loss": "mse"}
+
+
+def updates_of(optimizer):
+    """The innermost optimizer's count: Keras 3.8 leaves a LossScaleOptimizer's own at 0."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return int(optimizer.iterations)
+
+
+def assert_trains_as_large_batch(
+    make_model,
+    *data,
+    compile_with=momentum_and_mse,
+    modes=MODES,
+    tolerance=2e-6,
+    same_logs=MODES,
+    **fit,
+):
+    """Trains `make_model()` on effective batches, and in each mode the same in micro-batches.
+
+    Args:
+        make_model: Function that returns a plain Keras model, with the same weights each time.
+        *data: Arguments of `fit`: x, y.
+        compile_with: Function that returns the arguments of `compile`.
+        modes: Which of `MODES`.
+        tolerance: Largest difference of the weights; of the logs, also relative.
+        same_logs: The modes whose histories are to be equal too.
+        **fit: Further arguments of `fit`.
+
+    Returns:
+        The last accumulating model.
+    """
+    fit = {"epochs": 2, "shuffle": False, "verbose": 0, **fit}
+    plain = make_model()
+    plain.compile(**compile_with())
+    before = state_of(plain.weights) if plain.built else None
+    expected = plain.fit(*data, batch_size=EFFECTIVE, **fit).history
+    trained = state_of(plain.weights)
+    # Neither a training that does nothing nor one that diverges could tell a difference.
+    moved = 1.0 if before is None else difference(before, trained)
+    largest = max(np.max(np.abs(w)) for w in trained)
+    assert moved > 1e-3 and largest < 100, f"Weights moved by {moved}, to {largest}"
+    for mode in modes:
+        model, batch_size = accumulating(mode, make_model())
+        model.compile(**compile_with())
+        history = model.fit(*data, batch_size=batch_size, **fit).history
+        off = difference(state_of(model.weights), trained)
+        assert off <= tolerance, f"{mode}: weights differ by {off}"
+        updates = updates_of(model.optimizer), updates_of(plain.optimizer)
+        assert updates[0] == updates[1] > 0, f"{mode}: updates {updates}"
+        if mode in same_logs:
+            assert list(history) == list(expected), f"{mode}: {history} instead of {expected}"
+            for name, values in expected.items():
+                np.testing.assert_allclose(
+                    history[name], values, tolerance, tolerance, err_msg=f"{mode}: {name}"
+                )
+    return model

@@ -1,0 +1,65 @@
+"""The benchmark compares all rivals and finds that they train the same; times are not asserted."""
+
+import json
+
+import pytest
+
+from benchmarks import overhead
+from benchmarks.overhead import BUILT_IN, LARGE, LOOP, OPTIMIZER, PLAIN
+
+TINY = {
+    "dense": overhead.dense_case(overhead.SGD, 4, 5, 6),
+    "embedding": overhead.embedding_case(
+        overhead.ADAM, 4, rows=20, columns=3, length=2, reference=LOOP
+    ),
+}
+
+
+@pytest.fixture
+def tiny_cases(monkeypatch):
+    monkeypatch.setattr(overhead, "CASES", TINY)
+
+
+def rows_of(markdown):
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_prints_a_ratio_for_each_rival_and_case(tiny_cases, capsys):
+    results = overhead.main(
+        "--jit off --micro-batch-size 2 --accum-steps 2 --repeats 3 --steps 3".split()
+    )
+    printed = capsys.readouterr().out
+    header, _, *rows = rows_of(printed)
+    assert header == ["", "dense", "embedding"]
+    rivals = [PLAIN, LARGE, BUILT_IN, LOOP, OPTIMIZER]
+    rivals += [overhead.ACROSS_STEPS, overhead.WITHIN_STEP]
+    assert [row[0] for row in rows] == [*rivals, f"seconds of {PLAIN}"]
+    assert all(cell.startswith("1.00 (") for cell in rows[0][1:])
+    assert "Warning" not in printed
+    assert f"{OPTIMIZER} <= {PLAIN}? dense " in printed
+    assert f"{OPTIMIZER} <= {BUILT_IN}? dense " in printed
+    for case in TINY:
+        assert {name: len(times) for name, times in results["jit off"][case].items()} == (
+            dict.fromkeys(rivals, 3)
+        )
+
+
+def test_writes_what_it_is_asked_for(tiny_cases, tmp_path):
+    table, drawing = tmp_path / "times.json", tmp_path / "times.png"
+    options = "--cases dense --jit on --accum-steps 2 --repeats 1".split()
+    results = overhead.main([*options, "--json", str(table), "--plot", str(drawing)])
+    assert json.loads(table.read_text())["seconds"] == results
+    assert drawing.stat().st_size > 0
+
+
+def test_warns_of_rivals_that_train_something_else(tiny_cases, monkeypatch, capsys):
+    monkeypatch.setattr(overhead, "TOLERANCE", -1.0)
+    overhead.main("--cases dense --jit off --repeats 1".split())
+    assert f"Warning: dense: weights of {OPTIMIZER} are off by " in capsys.readouterr().out
+
+
+def test_refuses_what_cannot_be_measured(capsys):
+    with pytest.raises(SystemExit):
+        overhead.main(["--accum-steps", "1"])
+    assert "--accum-steps at least 2" in capsys.readouterr().err

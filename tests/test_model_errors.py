@@ -1,0 +1,181 @@
+"""Wrong uses of GradientAccumulateModel are refused, with the value that was received."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from tests.oracle import MODES, accumulating, dense_model, regression_data
+
+
+def raises(error, *texts):
+    """`pytest.raises` for a message that holds each of `texts`, in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(text) for text in texts))
+
+
+def test_exactly_one_mode_is_needed():
+    with raises(ValueError, "Exactly one", "accum_steps=None, micro_batch_size=None"):
+        GradientAccumulateModel(model=dense_model())
+    with raises(ValueError, "Exactly one", "accum_steps=2, micro_batch_size=4"):
+        GradientAccumulateModel(model=dense_model(), accum_steps=2, micro_batch_size=4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_are_at_least_one(mode, value):
+    with raises(ValueError, f"`{mode}` must be an integer >= 1", f"Received: {mode}={value}"):
+        GradientAccumulateModel(model=dense_model(), **{mode: value})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [2.5, 4.0, "4", True, [4], np.float32(4)], ids=repr)
+def test_sizes_are_integers(mode, value):
+    received = f"Received: {mode}={value!r} (of type {type(value).__name__})"
+    with raises(TypeError, f"`{mode}` must be an integer", received):
+        GradientAccumulateModel(model=dense_model(), **{mode: value})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_integers_of_numpy_are_integers(mode):
+    model = GradientAccumulateModel(model=dense_model(), **{mode: np.int64(4)})
+    assert type(getattr(model, mode)) is int
+
+
+def test_a_model_comes_alone():
+    model = dense_model()
+    with raises(ValueError, "not both", "model=<Sequential"):
+        GradientAccumulateModel(
+            inputs=model.inputs, outputs=model.outputs, model=model, accum_steps=2
+        )
+    with raises(ValueError, "not both", "outputs=None"):
+        GradientAccumulateModel(inputs=model.inputs, model=model, accum_steps=2)
+
+
+def test_inputs_and_outputs_come_together():
+    model = dense_model()
+    with raises(ValueError, "given together", "outputs=None"):
+        GradientAccumulateModel(inputs=model.inputs, accum_steps=2)
+    with raises(ValueError, "given together", "inputs=None"):
+        GradientAccumulateModel(outputs=model.outputs, accum_steps=2)
+
+
+@pytest.mark.parametrize("value", [keras.layers.Dense, "resnet", 3, lambda x: x])
+def test_only_keras_models_are_wrapped(value):
+    with raises(TypeError, "`model` must be a Keras 3 model", repr(value), type(value).__name__):
+        GradientAccumulateModel(model=value, accum_steps=2)
+
+
+def test_a_layer_is_no_model():
+    with raises(TypeError, "`model` must be a Keras 3 model", "<Dense", "Dense)"):
+        GradientAccumulateModel(model=keras.layers.Dense(1), accum_steps=2)
+
+
+@pytest.mark.parametrize(
+    "method", ["train_step", "test_step", "predict_step", "compute_loss", "compute_metrics"]
+)
+def test_a_model_with_a_training_method_of_its_own_is_not_wrapped(method):
+    own = type("Trainer", (keras.Model,), {method: lambda self, *args, **kwargs: None})
+    with raises(ValueError, "cannot be wrapped", f"Trainer with its own {method}", "Derive"):
+        GradientAccumulateModel(model=own(), accum_steps=2)
+
+
+def test_a_model_is_not_wrapped_twice():
+    model = GradientAccumulateModel(model=dense_model(), accum_steps=2)
+    with raises(ValueError, "GradientAccumulateModel with its own", "not wrapped twice"):
+        GradientAccumulateModel(model=model, micro_batch_size=2)
+
+
+def test_a_train_step_of_ones_own_excludes_splitting_it():
+    class OwnStep(GradientAccumulateModel):
+        def train_step(self, data):
+            return super().train_step(data)
+
+    with raises(ValueError, "micro_batch_size", "OwnStep with a `train_step`", "accum_steps"):
+        OwnStep(model=dense_model(), micro_batch_size=4)
+    model = OwnStep(model=dense_model(), accum_steps=2)
+    model.compile("sgd", loss="mse")
+    x, y, _ = regression_data(4)
+    model.train_on_batch(x, y)
+    assert int(model.optimizer.micro_step) == 1
+
+
+def test_a_subclass_with_a_call_takes_no_model():
+    class OwnCall(GradientAccumulateModel):
+        def call(self, inputs):
+            return inputs
+
+    with raises(ValueError, "defines `call`", "OwnCall with model=<Sequential"):
+        OwnCall(model=dense_model(), accum_steps=2)
+    with raises(NotImplementedError, "GradientAccumulateModel must wrap a model or define `call`"):
+        GradientAccumulateModel(accum_steps=2)(np.ones((1, 5)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_optimizer_that_accumulates_too_is_refused(mode):
+    model, _ = accumulating(mode, dense_model())
+    received = f"accum_steps={model.accum_steps}, micro_batch_size={model.micro_batch_size}"
+    for wrap in (lambda optimizer: optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = wrap(GradientAccumulateOptimizer("sgd", accum_steps=7))
+        with raises(ValueError, "must not do it as well", "accum_steps=7", received):
+            model.compile(optimizer, loss="mse")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_keras_own_accumulation_is_refused(mode):
+    model, _ = accumulating(mode, dense_model())
+    with raises(ValueError, "gradient_accumulation_steps=7"):
+        model.compile(keras.optimizers.SGD(gradient_accumulation_steps=7), loss="mse")
+
+
+def test_an_optimizer_of_the_same_accum_steps_is_used_as_it_is():
+    model, _ = accumulating("accum_steps", dense_model())
+    optimizer = GradientAccumulateOptimizer("sgd", accum_steps=3)
+    model.compile(optimizer, loss="mse")
+    assert model.optimizer is optimizer
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "unfrozen"])
+def test_a_change_of_what_is_trainable_needs_a_new_compile(mode, trainable):
+    """Keras's rule: the optimizer keeps the variables it was built with."""
+    model, batch_size = accumulating(mode, dense_model())
+    x, y, _ = regression_data(12)
+    model.layers[0].trainable = not trainable
+    model.compile("sgd", loss="mse")
+    model.fit(x, y, batch_size, verbose=0)
+    model.layers[0].trainable = trainable
+    before = model.get_weights()
+    if trainable and mode == "accum_steps":  # otherwise the error is the Keras optimizer's
+        with raises(ValueError, "built with", "unknown variable", "kernel", "compile the model"):
+            model.train_on_batch(x, y)
+    model.compile("sgd", loss="mse")
+    model.fit(x, y, batch_size, verbose=0)
+    moved = [
+        float(np.abs(w - b).max()) > 0 for w, b in zip(model.get_weights(), before, strict=True)
+    ]
+    assert moved == [trainable, trainable, True, True]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_needs_compile(mode):
+    model, batch_size = accumulating(mode, dense_model())
+    x, y, _ = regression_data(12)
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(x, y, batch_size, verbose=0)
+    assert model.predict(x, verbose=0).shape == (12, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_with_nothing_to_train_says_so(mode):
+    model, batch_size = accumulating(mode, dense_model())
+    model.trainable = False
+    model.compile("sgd", loss="mse")
+    x, y, _ = regression_data(12)
+    before = model.get_weights()
+    with pytest.warns(UserWarning, match="does not have any trainable weights"):
+        history = model.fit(x, y, batch_size, verbose=0).history
+    assert history["loss"][0] > 0
+    for now, then in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)

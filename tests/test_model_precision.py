@@ -1,0 +1,178 @@
+"""GradientAccumulateModel in sixteen bits and in sixty-four."""
+
+import keras
+import numpy as np
+import pytest
+
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from tests.oracle import (
+    MICRO,
+    MODES,
+    accumulating,
+    assert_trains_as_large_batch,
+    dense_model,
+    difference,
+    regression_data,
+    state_of,
+    updates_of,
+)
+
+SIXTEEN_BITS = ["mixed_float16", "mixed_bfloat16", "bfloat16"]
+
+
+@pytest.fixture
+def policy(request):
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy("float32")
+
+
+sixteen_bits = pytest.mark.parametrize("policy", SIXTEEN_BITS, indirect=True)
+float16 = pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: keras.optimizers.Adam(0.01, clipnorm=0.5),
+        lambda: keras.optimizers.SGD(0.05, momentum=0.9, weight_decay=0.01),
+    ],
+    ids=["adam", "sgd"],
+)
+def test_float64_is_exact(optimizer, float64):
+    x, y, weights = regression_data(29, dtype="float64")
+    model = assert_trains_as_large_batch(
+        dense_model,
+        x,
+        y,
+        sample_weight=weights,
+        compile_with=lambda: {"optimizer": optimizer(), "loss": "mae", "metrics": ["mse"]},
+        tolerance=1e-12,
+        epochs=3,
+    )
+    assert all(v.dtype == "float64" for v in model.weights)
+
+
+def linear(**mode):
+    """y = w x without a loss of precision: all sums of the test's gradients are exact."""
+    inputs = keras.Input((3,))
+    outputs = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(inputs)
+    model = keras.Model(inputs, outputs)
+    if mode:
+        model = GradientAccumulateModel(model=model, **mode)
+    model.compile(keras.optimizers.SGD(1.0), loss=lambda y, y_pred: y * y_pred)
+    return model
+
+
+@sixteen_bits
+@pytest.mark.parametrize("mode", [{"accum_steps": 4}, {"micro_batch_size": MICRO}], ids=MODES)
+def test_what_sixteen_bits_hold_equals_the_large_batch_bit_for_bit(mode, policy):
+    rng = np.random.default_rng(1)
+    x = rng.integers(-2, 3, (16, 3)).astype("float32")
+    y = rng.integers(-2, 3, (16, 1)).astype("float32")
+    plain, model = linear(), linear(**mode)
+    plain.fit(x, y, batch_size=16, verbose=0)
+    model.fit(x, y, batch_size=MICRO if "accum_steps" in mode else 16, verbose=0)
+    expected = -(x * y).mean(axis=0)[:, np.newaxis]
+    assert difference(state_of(plain.weights), [expected]) == 0.0
+    assert difference(state_of(model.weights), [expected]) == 0.0
+    assert model.weights[0].dtype == plain.weights[0].dtype
+
+
+@sixteen_bits
+@pytest.mark.parametrize("mode", [{"accum_steps": 64}, {"micro_batch_size": 1}], ids=MODES)
+def test_small_gradients_are_not_lost_in_the_sum(mode, policy):
+    # Summed in bfloat16, 1.0 + 63 x 0.003 stays 1.0.
+    x = np.full((64, 3), 0.003, "float32")
+    x[0] = 1.0
+    model = linear(**mode)
+    model.fit(x, np.ones((64, 1)), 64 // mode.get("accum_steps", 1), verbose=0, shuffle=False)
+    expected = -(1.0 + 63 * 0.003) / 64
+    np.testing.assert_allclose(state_of(model.weights)[0], expected, rtol=0.01)
+
+
+def scaled_momentum_and_mse(**kwargs):
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
+    if keras.config.dtype_policy().name == "mixed_float16":
+        # The default scale overflows in the first steps, in micro-batches and large ones apart.
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=256.0)
+    return {"optimizer": optimizer, "loss": "mse", **kwargs}
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"], indirect=True)
+def test_mixed_precision_trains_as_the_large_batch_to_its_rounding(policy, execution):
+    x, y, weights = regression_data(26)
+    assert_trains_as_large_batch(
+        dense_model,
+        x,
+        y,
+        sample_weight=weights,
+        compile_with=lambda: scaled_momentum_and_mse(**execution),
+        # Half of the last place of a float16, or of a bfloat16, that is near 1; a few of them.
+        tolerance=2e-3 if policy == "mixed_float16" else 2e-2,
+    )
+
+
+@float16
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_scale_is_around_the_accumulation(mode, policy):
+    x, y, _ = regression_data(4)
+    for optimizer in (
+        "sgd",
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=256.0),
+    ):
+        model, _ = accumulating(mode, dense_model())
+        model.compile(optimizer, loss="mse")
+        outer = model.optimizer
+        assert type(outer) is keras.optimizers.LossScaleOptimizer
+        assert outer.initial_scale == (2.0**15 if optimizer == "sgd" else 256.0)
+        inner = outer.inner_optimizer
+        if mode == "accum_steps":
+            assert type(inner) is GradientAccumulateOptimizer
+            inner = inner.inner_optimizer
+        assert type(inner) is keras.optimizers.SGD
+        model.train_on_batch(x, y)
+        model.flush()
+        assert updates_of(outer) == 1
+
+
+@float16
+def test_an_overflow_in_one_micro_batch_skips_the_update_of_its_step(policy):
+    x, y, _ = regression_data(24)
+    y[5] = 1e9
+    results = []
+    for model in (dense_model(), accumulating("micro_batch_size", dense_model())[0]):
+        model.compile("sgd", loss="mse")
+        model.train_on_batch(x[:12], y[:12])
+        assert difference(model.get_weights(), dense_model().get_weights()) == 0.0
+        assert float(model.optimizer.dynamic_scale) == 2.0**14
+        model.train_on_batch(x[12:], y[12:])
+        results.append(model.get_weights())
+        assert updates_of(model.optimizer) == 1
+    assert difference(results[1], results[0]) < 1e-4
+
+
+@float16
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_of_several_denominators_go_through_the_loss_scale(mode, policy):
+    rng = np.random.default_rng(3)
+    x, y = rng.integers(0, 6, (24, 5)), rng.normal(size=(24, 5, 1))
+    x[MICRO : 2 * MICRO] = 0
+    x[:, 0] = 1
+
+    def make_model():
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((5,), dtype="int32")
+        hidden = keras.layers.Embedding(6, 4, mask_zero=True)(inputs)
+        regularizer = keras.regularizers.L2(0.1)
+        return keras.Model(inputs, keras.layers.Dense(1, kernel_regularizer=regularizer)(hidden))
+
+    assert_trains_as_large_batch(
+        make_model,
+        x,
+        y,
+        compile_with=scaled_momentum_and_mse,
+        modes=[mode],
+        tolerance=1e-3,
+        same_logs=["micro_batch_size"],
+    )
