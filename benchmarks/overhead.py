@@ -1,0 +1,390 @@
+"""What accumulating costs: an epoch of each way to do it, over an epoch of plain fit.
+
+    python benchmarks/overhead.py
+    python benchmarks/overhead.py --cases dense-1M-SGD dense-1M-Adam --jit on --json times.json
+
+All rivals train the same model on the same examples in one process, an epoch each in turn, so
+that a busy moment of the machine meets all of them. Plain fit updates after every micro-batch.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+
+CLASSES = 10
+TOLERANCE = 1e-4  # what float32 makes of sums in another order, after an epoch
+
+PLAIN = "plain fit"
+LARGE = "plain fit, large batch"
+BUILT_IN = "Keras gradient_accumulation_steps"
+LOOP = "GradientTape loop"
+OPTIMIZER = "GradientAccumulateOptimizer"
+ACROSS_STEPS = "GradientAccumulateModel(accum_steps)"
+WITHIN_STEP = "GradientAccumulateModel(micro_batch_size)"
+
+
+# The cases: a model, an optimizer, and inputs.
+
+
+class Case(NamedTuple):
+    """One column of the table.
+
+    Attributes:
+        model: Function that returns the model, with the same weights in every call.
+        optimizer: Function of keyword arguments that returns the optimizer.
+        inputs: Function of a random generator and a number of examples.
+        steps: Micro-batches in an epoch; enough for fit's own start and end not to matter.
+        reference: The rival whose weights all that accumulate must reach.
+    """
+
+    model: Callable
+    optimizer: Callable
+    inputs: Callable
+    steps: int
+    reference: str = LARGE
+
+
+def dense_model(features, *units):
+    keras.utils.set_random_seed(0)
+    hidden = [keras.layers.Dense(n, "relu") for n in units]
+    return keras.Sequential([keras.Input((features,)), *hidden, keras.layers.Dense(CLASSES)])
+
+
+def embedding_model(rows, columns, length):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((length,), dtype="int32"),
+            keras.layers.Embedding(rows, columns),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(CLASSES),
+        ]
+    )
+
+
+def dense_case(optimizer, steps, features, *units):
+    return Case(
+        functools.partial(dense_model, features, *units),
+        optimizer,
+        lambda rng, examples: rng.normal(size=(examples, features)).astype("float32"),
+        steps,
+    )
+
+
+def embedding_case(optimizer, steps, rows=200_000, columns=128, length=32, **kwargs):
+    return Case(
+        functools.partial(embedding_model, rows, columns, length),
+        optimizer,
+        lambda rng, examples: rng.integers(rows, size=(examples, length), dtype="int32"),
+        steps,
+        **kwargs,
+    )
+
+
+SGD = functools.partial(keras.optimizers.SGD, 0.01)
+# Adam divides a gradient by its own size: with the default epsilon, by its rounding error.
+ADAM = functools.partial(keras.optimizers.Adam, 1e-4, epsilon=1e-4)
+
+CASES = {
+    "dense-1M-SGD": dense_case(SGD, 128, 512, 768, 768),
+    "dense-1M-Adam": dense_case(ADAM, 96, 512, 768, 768),
+    "dense-20M-SGD": dense_case(SGD, 16, 1024, 4096, 3840),
+    "dense-20M-Adam": dense_case(ADAM, 16, 1024, 4096, 3840),
+    "embedding-SGD": embedding_case(SGD, 64),
+    # Keras's Adam on a sparse gradient is not that on the dense one, which all accumulation uses.
+    "embedding-Adam": embedding_case(ADAM, 16, reference=LOOP),
+}
+
+
+# The rivals: each has a model, and a function that trains it for an epoch.
+
+
+class Rival(NamedTuple):
+    """One row of the table."""
+
+    model: keras.Model
+    train_epoch: Callable
+
+
+def fit(model, optimizer, batches, jit):
+    """The rival that trains with `fit`."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss=loss, jit_compile=jit)
+    return Rival(model, lambda: model.fit(batches, shuffle=False, verbose=0))
+
+
+def gradient_tape_loop(model, optimizer, batches, accum_steps, jit):
+    """The rival that people write by hand, without this package or Keras's."""
+    loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    sums = [tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False) for v in variables]
+
+    @tf.function(jit_compile=jit)
+    def micro_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = loss_fn(y, model(x, training=True))
+            share = loss / accum_steps
+        gradients = tape.gradient(share, variables)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.assign_add(gradient)
+        return loss
+
+    @tf.function(jit_compile=jit)
+    def update():
+        optimizer.apply([total.read_value() for total in sums], variables)
+        for total in sums:
+            total.assign(tf.zeros_like(total))
+
+    def train_epoch():
+        losses = []
+        for step, (x, y) in enumerate(batches, start=1):
+            losses.append(micro_step(x, y))
+            if step % accum_steps == 0:
+                update()
+        # The epoch's loss, as fit reports it.
+        return float(tf.reduce_mean(losses))
+
+    return Rival(model, train_epoch)
+
+
+def make_rivals(case, micro_batches, large_batches, micro_batch_size, accum_steps, jit):
+    """Dict of name to `Rival`, in the order of the table's rows."""
+
+    def across_steps(model, optimizer):
+        return fit(model, optimizer, micro_batches, jit)
+
+    def within_step(model, optimizer):
+        return fit(model, optimizer, large_batches, jit)
+
+    model, optimizer = case.model, case.optimizer
+    return {
+        PLAIN: across_steps(model(), optimizer()),
+        LARGE: within_step(model(), optimizer()),
+        BUILT_IN: across_steps(model(), optimizer(gradient_accumulation_steps=accum_steps)),
+        LOOP: gradient_tape_loop(model(), optimizer(), micro_batches, accum_steps, jit),
+        OPTIMIZER: across_steps(model(), GradientAccumulateOptimizer(optimizer(), accum_steps)),
+        ACROSS_STEPS: across_steps(
+            GradientAccumulateModel(model=model(), accum_steps=accum_steps), optimizer()
+        ),
+        WITHIN_STEP: within_step(
+            GradientAccumulateModel(model=model(), micro_batch_size=micro_batch_size), optimizer()
+        ),
+    }
+
+
+def batches_of(size, x, y):
+    """The examples in batches, as cheaply as can be, of unknown size as in `fit` on arrays."""
+    x, y = tf.constant(x), tf.constant(y)
+
+    def batch(i):
+        return x[i * size : (i + 1) * size], y[i * size : (i + 1) * size]
+
+    # With autotuning the end of an epoch can wait for its next turn, 10 ms x (2^k - 1) after the
+    # epoch's start: times are then rounded up to one of 150, 310, 630, 1270 ms and so on.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return tf.data.Dataset.range(len(x) // size).map(batch).with_options(options)
+
+
+# The measurement.
+
+
+def measure(case, jit, micro_batch_size, accum_steps, steps, repeats):
+    """Seconds of each timed epoch, by rival; and by rival how far its weights are off."""
+    updates = -(-(steps or case.steps) // accum_steps)
+    rng = np.random.default_rng(0)
+    x = case.inputs(rng, updates * accum_steps * micro_batch_size)
+    y = rng.integers(CLASSES, size=len(x))
+    rivals = make_rivals(
+        case,
+        batches_of(micro_batch_size, x, y),
+        batches_of(micro_batch_size * accum_steps, x, y),
+        micro_batch_size,
+        accum_steps,
+        jit,
+    )
+    differences = warm_up(rivals, case.reference)
+    return time_in_turn(rivals, repeats), differences
+
+
+def warm_up(rivals, reference):
+    """Trains all for an epoch, which traces and compiles.
+
+    Returns:
+        For each rival that accumulates, the largest difference of a weight to the reference's.
+    """
+    rivals[reference].train_epoch()
+    expected = weights_of(rivals[reference])
+    differences = {}
+    for name, rival in rivals.items():
+        if name == reference:
+            continue
+        rival.train_epoch()
+        if name not in (PLAIN, LARGE):
+            differences[name] = max(
+                float(np.max(np.abs(a - b), initial=0.0))
+                for a, b in zip(weights_of(rival), expected, strict=True)
+            )
+    return differences
+
+
+def weights_of(rival):
+    return [keras.ops.convert_to_numpy(v) for v in rival.model.trainable_variables]
+
+
+def time_in_turn(rivals, repeats):
+    """Seconds of `repeats` epochs of each rival; every repeat starts with another one."""
+    seconds = {name: [] for name in rivals}
+    names = list(rivals)
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            rivals[name].train_epoch()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds, base):
+    """Median of `seconds` over the median of `base`, and the same of the two quartiles."""
+    low, middle, high = np.quantile(seconds, [0.25, 0.5, 0.75]) / statistics.median(base)
+    return middle, low, high
+
+
+# The report.
+
+
+def setting(options):
+    """One line that says what was measured on what."""
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    return (
+        f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} CPU cores, "
+        f"{gpus or 'no'} GPU; {options.accum_steps} micro-batches of {options.micro_batch_size} "
+        f"per update. Epoch time over that of plain fit at the micro-batch: ratio of the medians "
+        f"of {options.repeats} epochs, in brackets the quartiles."
+    )
+
+
+def table(measured):
+    """Markdown table of ratios: a row for each rival, a column for each case."""
+    rivals = list(next(iter(measured.values())))
+    rows = [["", *measured], ["---"] * (1 + len(measured))]
+    for rival in rivals:
+        cells = [ratio(seconds[rival], seconds[PLAIN]) for seconds in measured.values()]
+        rows.append([rival, *(f"{mid:.2f} ({low:.2f}-{high:.2f})" for mid, low, high in cells)])
+    plain = [statistics.median(seconds[PLAIN]) for seconds in measured.values()]
+    rows.append([f"seconds of {PLAIN}", *(f"{median:.2f}" for median in plain)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def rule(measured, base):
+    """Whether the optimizer wrapper costs no more than `base` in each case, as measured."""
+    answers = []
+    for case, seconds in measured.items():
+        middle = round(ratio(seconds[OPTIMIZER], seconds[base])[0], 2)
+        answers.append(f"{case} {'yes' if middle <= 1 else 'no'} ({middle:.2f})")
+    return f"{OPTIMIZER} <= {base}? {', '.join(answers)}"
+
+
+def plot(results, path):
+    """Bars of the table's ratios, a panel for each jit mode."""
+    from matplotlib.figure import Figure  # not needed for the tables
+
+    figure = Figure(figsize=(11, 4.5 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), squeeze=False)[:, 0]
+    for panel, (mode, measured) in zip(panels, results.items(), strict=True):
+        rivals = list(next(iter(measured.values())))
+        width = 0.8 / len(rivals)
+        for i, rival in enumerate(rivals):
+            cells = np.array([ratio(s[rival], s[PLAIN]) for s in measured.values()])
+            middle, low, high = cells.T
+            panel.bar(
+                np.arange(len(cells)) + (i - (len(rivals) - 1) / 2) * width,
+                middle,
+                width,
+                yerr=[middle - low, high - middle],
+                label=rival,
+            )
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set(title=mode, yscale="log", ylabel="epoch time over plain fit")
+        panel.set_xticks(range(len(measured)), list(measured))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--jit", choices=["off", "on", "both"], default="both")
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--accum-steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=11, help="timed epochs of each rival")
+    parser.add_argument(
+        "--steps", type=int, help="micro-batches in an epoch, rounded up to whole updates"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the seconds of every epoch")
+    parser.add_argument("--plot", metavar="FILE", help="draw the tables; needs matplotlib")
+    options = parser.parse_args(argv)
+    if min(options.micro_batch_size, options.repeats) < 1 or options.accum_steps < 2:
+        parser.error("sizes and repeats must be at least 1, and --accum-steps at least 2")
+    return options
+
+
+def measure_all(options, mode):
+    """Seconds of each timed epoch by case and rival, with jit compilation "off" or "on"."""
+    measured = {}
+    for name in options.cases:
+        print(f"measuring {name}, jit {mode}", file=sys.stderr, flush=True)
+        measured[name], differences = measure(
+            CASES[name],
+            mode == "on",
+            options.micro_batch_size,
+            options.accum_steps,
+            options.steps,
+            options.repeats,
+        )
+        for rival, difference in differences.items():
+            if not difference <= TOLERANCE:  # so that NaN warns as well
+                print(f"Warning: {name}: weights of {rival} are off by {difference:.1e}")
+        # Frees the case's models before the next one's are built.
+        keras.backend.clear_session()
+        gc.collect()
+    return measured
+
+
+def main(argv=None):
+    """Measures, prints, and returns seconds[jit mode][case][rival], a list of epochs each."""
+    options = parse(argv)
+    print(setting(options), flush=True)
+    results = {}
+    for mode in ("off", "on") if options.jit == "both" else (options.jit,):
+        print(f"\n### jit {mode}\n", flush=True)
+        measured = results[f"jit {mode}"] = measure_all(options, mode)
+        print(table(measured), rule(measured, PLAIN), rule(measured, BUILT_IN), sep="\n\n")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"setting": setting(options), "seconds": results}, file, indent=1)
+    if options.plot:
+        plot(results, options.plot)
+    return results
+
+
+if __name__ == "__main__":
+    main()
