@@ -139,6 +139,20 @@ def set_keras_mask(tensor, mask):
     return tensor
 
 
+def compiles_with_xla():
+    """Whether what is being traced will be compiled by XLA.
+
+    `control_flow_util.GraphOrParentsInXlaContext` (TensorFlow 2.16 to 2.21), which TensorFlow's
+    own loops and recurrent layers ask. Only speed depends on the answer.
+    """
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    if tf.executing_eagerly():
+        return False
+    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
 def replicas_need_no_merge_call():
     """Whether the strategy in force lets a replica synchronise inside a loop or conditional.
 

@@ -28,6 +28,11 @@ class Contribution(NamedTuple):
     multiplied: bool = False
 
 
+def received_of(contribution):
+    """Set of the variables, by index, that a contribution has a gradient for."""
+    return {i for i, g in enumerate(contribution.gradients) if g is not None}
+
+
 def accumulation_dtype(dtype):
     """Dtype in which gradients of a variable of `dtype` are summed.
 
@@ -91,12 +96,44 @@ def _variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
     )
 
 
+def _add_to(total, gradient, started):
+    """Adds a gradient to the variable `total`, or replaces it where the sum is yet to start.
+
+    A cycle need not begin with zeros that are written, read and copied again. XLA adds and selects
+    in one pass; elsewhere a conditional hands the gradient's own buffer to the variable.
+    """
+    if isinstance(gradient, tf.IndexedSlices):
+        # Rows that get no slice in this cycle must be zero all the same.
+        def clear(_):
+            total.assign(tf.zeros_like(total))
+            return (tf.constant(False),)
+
+        tf.while_loop(lambda missing: missing, clear, (tf.logical_not(started),))
+        _compat.replica_local(total).scatter_add(gradient)
+    elif _compat.compiles_with_xla():
+        total.assign(tf.where(started, total, tf.zeros_like(total)) + gradient)
+    else:
+
+        def add():
+            total.assign_add(gradient)
+
+        def replace():
+            total.assign(gradient)
+
+        tf.cond(started, add, replace)
+
+
 class _Group(tf.Module):
-    """`sum_k w_k g_k` for each variable and `sum_k w_k`, for gradients of one denominator."""
+    """`sum_k w_k g_k` for each variable and `sum_k w_k`, for gradients of one denominator.
+
+    A sum counts only where `received` says that this cycle has begun it.
+    """
 
     def __init__(self, variables, name):
         super().__init__(name=name)
+        first = tf.VariableAggregation.ONLY_FIRST_REPLICA
         self.weight = _variable((), tf.float64, f"{name}_weight")
+        self.received = _variable((len(variables),), tf.bool, f"{name}_received", first)
         self.sums = [
             _variable(v.shape, accumulation_dtype(v.dtype), f"{name}_gradient_sum_{i}")
             for i, v in enumerate(variables)
@@ -109,14 +146,12 @@ class _Group(tf.Module):
         factor = None if multiplied else weight
         if factor is not None and averaged and replicas > 1:
             factor = replicas * tf.cast(weight, tf.float64)
-        for total, gradient in zip(self.sums, gradients, strict=True):
-            if gradient is None:
-                continue
-            gradient = scale_gradient(gradient, factor, total.dtype)
-            if isinstance(gradient, tf.IndexedSlices):
-                _compat.replica_local(total).scatter_add(gradient)
-            else:
-                total.assign_add(gradient)
+        started = tf.unstack(self.received)
+        for total, gradient, begun in zip(self.sums, gradients, started, strict=True):
+            if gradient is not None:
+                _add_to(total, scale_gradient(gradient, factor, total.dtype), begun)
+        mask = [g is not None for g in gradients]
+        self.received.assign(tf.logical_or(self.received, mask))
         part = tf.ones((), self.weight.dtype) / replicas
         if not averaged:
             self.weight.assign(part)
@@ -124,6 +159,17 @@ class _Group(tf.Module):
             self.weight.assign_add(part)
         else:
             self.weight.assign_add(tf.cast(weight, self.weight.dtype))
+
+    def sum_of(self, index, certain):
+        """The sum for one variable; zero if it was not begun, unless that is certain."""
+        total = self.sums[index].value()
+        if index in certain:
+            return total
+        return tf.where(self.received[index], total, tf.zeros_like(total))
+
+    def reset(self):
+        self.weight.assign(tf.zeros_like(self.weight))
+        self.received.assign(tf.zeros_like(self.received))
 
 
 class GradientAccumulator(tf.Module):
@@ -139,7 +185,6 @@ class GradientAccumulator(tf.Module):
 
     Attributes:
         micro_step: int64 scalar `tf.Variable`, the micro-batches added since the last reset.
-        received: bool vector `tf.Variable`, which variables got a gradient since the last reset.
         ever_received: Python set of the indices that got a gradient in any call or trace so far.
     """
 
@@ -151,15 +196,15 @@ class GradientAccumulator(tf.Module):
         with tf.init_scope():
             first = tf.VariableAggregation.ONLY_FIRST_REPLICA
             self.micro_step = _variable((), tf.int64, "micro_step", first)
-            self.received = _variable((len(variables),), tf.bool, "received", first)
             self._groups = [_Group(self._shapes, "group_0")]
 
     @property
     def state(self):
         """Dict of name to `tf.Variable`: all that a checkpoint in mid-cycle must hold."""
-        state = {"micro_step": self.micro_step, "received": self.received}
+        state = {"micro_step": self.micro_step}
         for group in self._groups:
             state[f"{group.name}.weight"] = group.weight
+            state[f"{group.name}.received"] = group.received
             state |= {f"{group.name}.gradient_sum_{i}": v for i, v in enumerate(group.sums)}
         return state
 
@@ -171,9 +216,7 @@ class GradientAccumulator(tf.Module):
 
     def add(self, *contributions):
         """Adds one micro-batch: a `Contribution` for each denominator, always in one order."""
-        present = sorted(
-            {i for c in contributions for i, g in enumerate(c.gradients) if g is not None}
-        )
+        present = sorted(set().union(*map(received_of, contributions)))
         if not present:
             raise ValueError(
                 "At least one gradient must not be None. Received: None for every one of "
@@ -189,39 +232,45 @@ class GradientAccumulator(tf.Module):
         with tf.control_dependencies(ready):
             for group, contribution in zip(self._groups, contributions, strict=False):
                 group.add(*contribution)
-            mask = [i in present for i in range(len(self._shapes))]
-            self.received.assign(tf.logical_or(self.received, mask))
             self.micro_step.assign_add(1)
 
     def any_received(self, indices):
         """Scalar bool tensor: whether any variable of `indices` got a gradient in this cycle."""
-        return tf.reduce_any(tf.gather(self.received, indices))
+        return tf.reduce_any([tf.gather(group.received, indices) for group in self._groups])
 
-    def received_indices(self):
-        """List of the variables that got a gradient in this cycle; to be read eagerly."""
-        return tf.where(self.received)[:, 0].numpy().tolist()
+    def received(self):
+        """For each group, the set of variables that got a gradient in this cycle; eagerly."""
+        return [set(tf.where(g.received)[:, 0].numpy().tolist()) for g in self._groups]
 
-    def mean(self, indices):
+    def mean(self, indices, certain=()):
         """List of the mean gradients of the variables `indices`; None for every other one.
 
         Over all replicas, which talk to each other here and nowhere else.
+
+        Args:
+            indices: Indices of variables.
+            certain: For each group, a set of those that got a gradient in this cycle for
+                certain. Those of other groups are looked up.
         """
         indices = set(indices)
-        groups = sum_over_replicas(
-            [
-                (
-                    [t.value() if i in indices else None for i, t in enumerate(g.sums)],
-                    g.weight.value(),
-                )
-                for g in self._groups
-            ]
-        )
-        return sum_of_means(groups)
+        certain = [*certain, *[set()] * (len(self._groups) - len(certain))]
+        groups = [
+            (
+                [
+                    group.sum_of(i, known) if i in indices else None
+                    for i in range(len(self._shapes))
+                ],
+                group.weight.value(),
+            )
+            for group, known in zip(self._groups, certain, strict=True)
+        ]
+        return sum_of_means(sum_over_replicas(groups))
 
     def reset(self):
-        """Sets every variable to zero."""
-        for variable in self.state.values():
-            variable.assign(tf.zeros_like(variable))
+        """Starts a new cycle."""
+        self.micro_step.assign(tf.zeros_like(self.micro_step))
+        for group in self._groups:
+            group.reset()
 
     def _make_groups(self, number):
         with tf.init_scope():

@@ -12,6 +12,7 @@ from gradient_accumulator_tf._checks import check_choice, check_positive_int, re
 from gradient_accumulator_tf.accumulator import (
     Contribution,
     GradientAccumulator,
+    received_of,
     scale_gradient,
 )
 from gradient_accumulator_tf.replicas import number_of_replicas
@@ -237,7 +238,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._accumulator.add(*contributions)
         self._update_if(
             lambda: tf.greater_equal(self._accumulator.micro_step, self._accum_steps),
-            certain={i for g in groups for i, gradient in enumerate(g) if gradient is not None},
+            certain=[received_of(c) for c in contributions],
         )
 
     @tf.autograph.experimental.do_not_convert
@@ -246,10 +247,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if self._accumulator is None:
             return
         with self._in_strategy():
-            self._update_if(
-                lambda: tf.greater(self._accumulator.micro_step, 0),
-                certain=self._accumulator.ever_received,
-            )
+            self._update_if(lambda: tf.greater(self._accumulator.micro_step, 0), certain=None)
 
     @tf.autograph.experimental.do_not_convert
     def reset(self):
@@ -389,7 +387,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
         Args:
             is_due: Function that returns a scalar bool tensor, the same on all replicas.
-            certain: Indices of the variables that got a gradient in this cycle for certain.
+            certain: For each group of gradients, the indices of the variables that got one in
+                this cycle for certain; None if nothing is.
         """
 
         def update_if_due(run):
@@ -415,26 +414,32 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
         Args:
             run: Function that runs a function on every replica.
-            certain: Indices of the variables that got a gradient in this cycle for certain.
+            certain: As in `_update_if`.
         """
         accumulator, everything = self._accumulator, range(len(self._trainable_variables))
-        others = sorted(set(everything) - set(certain))
 
-        def update(indices):
-            mean = accumulator.mean(indices)
+        def update(indices, certain):
+            mean = accumulator.mean(indices, certain)
             with _compat.gradients_are_reduced(self.inner_optimizer):
                 self.inner_optimizer.apply(mean, self._trainable_variables)
             accumulator.reset()
 
+        def update_received():
+            received = accumulator.received()
+            update(set().union(*received), received)
+
         if tf.executing_eagerly():
-            run(lambda: update(accumulator.received_indices()))
-        elif not others:
-            run(lambda: update(everything))
+            run(update_received)
+            return
+        known = accumulator.ever_received if certain is None else set().union(*certain)
+        others = sorted(set(everything) - known)
+        if not others:
+            run(lambda: update(everything, certain or ()))
         else:
             tf.cond(
                 accumulator.any_received(others),
-                lambda: run(lambda: update(everything)),
-                lambda: run(lambda: update(certain)),
+                lambda: run(lambda: update(everything, certain or ())),
+                lambda: run(lambda: update(known, certain or ())),
             )
 
     def _load_state(self, state):

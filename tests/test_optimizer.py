@@ -14,8 +14,11 @@ def _variables(*values):
 
 
 def _sums(optimizer):
+    """What this cycle's gradients add up to, as lists."""
     state = optimizer._accumulator.state
-    return [v.numpy().tolist() for name, v in state.items() if "gradient_sum" in name]
+    sums = [v.numpy() for name, v in state.items() if "gradient_sum" in name]
+    received = state["group_0.received"].numpy()
+    return [(s * r).tolist() for s, r in zip(sums, received, strict=True)]
 
 
 def test_three_cycles_of_sgd_checked_by_hand():
