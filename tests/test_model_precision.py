@@ -6,6 +6,7 @@ import pytest
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from tests.oracle import (
+    EXECUTIONS,
     MICRO,
     MODES,
     accumulating,
@@ -99,7 +100,17 @@ def scaled_momentum_and_mse(**kwargs):
     return {"optimizer": optimizer, "loss": "mse", **kwargs}
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"], indirect=True)
+@pytest.mark.parametrize(
+    ("policy", "execution"),
+    [
+        ("mixed_float16", "graph"),
+        ("mixed_float16", "jit"),
+        ("mixed_float16", "steps_per_execution"),
+        ("mixed_bfloat16", "graph"),
+        ("mixed_bfloat16", "eager"),
+    ],
+    indirect=["policy"],
+)
 def test_mixed_precision_trains_as_the_large_batch_to_its_rounding(policy, execution):
     x, y, weights = regression_data(26)
     assert_trains_as_large_batch(
@@ -107,7 +118,7 @@ def test_mixed_precision_trains_as_the_large_batch_to_its_rounding(policy, execu
         x,
         y,
         sample_weight=weights,
-        compile_with=lambda: scaled_momentum_and_mse(**execution),
+        compile_with=lambda: scaled_momentum_and_mse(**EXECUTIONS[execution]),
         # Half of the last place of a float16, or of a bfloat16, that is near 1; a few of them.
         tolerance=2e-3 if policy == "mixed_float16" else 2e-2,
     )
@@ -150,6 +161,22 @@ def test_an_overflow_in_one_micro_batch_skips_the_update_of_its_step(policy):
         results.append(model.get_weights())
         assert updates_of(model.optimizer) == 1
     assert difference(results[1], results[0]) < 1e-4
+
+
+@float16
+@pytest.mark.xfail(reason="The LossScaleOptimizer drops that micro-batch alone; the cycle shifts.")
+def test_an_overflow_in_one_micro_batch_keeps_the_cycles_in_step(policy):
+    # Nine micro-batches, the second of which overflows: three cycles, whatever the first does.
+    x, y, _ = regression_data(36)
+    y[5] = 1e9
+    model, batch_size = accumulating("accum_steps", dense_model())
+    model.compile("sgd", loss="mse")
+    ends = []
+    for start in range(0, 36, batch_size):
+        model.train_on_batch(x[start : start + batch_size], y[start : start + batch_size])
+        ends.append(int(model.optimizer.inner_optimizer.micro_step) == 0)
+    assert ends == [False, False, True] * 3
+    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
 
 
 @float16

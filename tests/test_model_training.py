@@ -292,6 +292,18 @@ def test_layers_that_break_the_equivalence_do_break_it(mode, make_layer):
         assert_trains_as_large_batch(make_model, x, y, modes=[mode])
 
 
+def test_every_micro_batch_in_a_step_draws_its_own_dropout():
+    inputs = keras.Input((64,))
+    dropped = keras.layers.Dropout(0.5, seed=3)(inputs)
+    outputs = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(dropped)
+    model = GradientAccumulateModel(inputs=inputs, outputs=outputs, micro_batch_size=1)
+    model.compile(keras.optimizers.SGD(1.0), loss=lambda y, y_pred: -y * y_pred)
+    model.train_on_batch(np.ones((3, 64), "float32"), np.ones((3, 1), "float32"))
+    # Each weight is what 0 to 3 of the micro-batches kept, of 2 each.
+    kept = np.round(model.get_weights()[0] * 3 / 2).astype(int)
+    assert set(kept[:, 0]) == {0, 1, 2, 3}
+
+
 def test_frozen_layers_stay_as_they_are():
     def make_model():
         model = dense_model()
