@@ -4,10 +4,9 @@
 
 The text is Python's language reference, from the standard library. As is common, paragraphs of
 like length share a micro-batch, so that it needs little padding; some micro-batches then hold few
-tokens and others many. The large batch takes the mean over all tokens, and so does
-GradientAccumulateModel.
-Keras's own `gradient_accumulation_steps` takes the mean of the micro-batches' means, in which a
-token of a short paragraph counts for more.
+tokens and others many. The large batch takes the mean over all tokens, and
+GradientAccumulateModel does too. Keras's own `gradient_accumulation_steps` takes the mean of the
+micro-batches' means, in which a token of a short paragraph counts for more.
 """
 
 import argparse
@@ -118,7 +117,7 @@ def compile_for(way, batch_size, micro_batch_size):
     elif way == "mean of means" and accum_steps > 1:
         options = {"gradient_accumulation_steps": accum_steps}
     model.compile(
-        keras.optimizers.SGD(0.3, momentum=0.9, **options),
+        keras.optimizers.SGD(0.1, momentum=0.9, **options),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[Perplexity()],
         jit_compile=False,  # XLA would compile anew for each length of a batch

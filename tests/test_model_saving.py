@@ -65,6 +65,13 @@ def subclassed():
     return model
 
 
+def functional_with_an_attribute():
+    """Keras looks for what it saves in attributes too, in the order of their names."""
+    model = functional()
+    model.a_layer = model.get_layer("out")
+    return model
+
+
 KINDS = [functional, dense_model, subclassed]
 MODELS = [*KINDS, OwnCall]
 
@@ -197,7 +204,7 @@ def test_the_loss_scale_is_saved_beside_sums_of_several_denominators(tmp_path):
         keras.config.set_dtype_policy("float32")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, functional_with_an_attribute])
 def test_weight_files_are_the_plain_models_in_both_directions(kind, tmp_path):
     plain, (model, _) = kind(), make(kind, "accum_steps", compiled=False)
     model.set_weights([w + 1 for w in model.get_weights()])
