@@ -199,6 +199,12 @@ class GradientAccumulator(tf.Module):
             self._groups = [_Group(self._shapes, "group_0")]
 
     @property
+    def variables_from_build(self):
+        """List of the variables that are always there: those of the first group."""
+        group = self._groups[0]
+        return [self.micro_step, group.weight, group.received, *group.sums]
+
+    @property
     def state(self):
         """Dict of name to `tf.Variable`: all that a checkpoint in mid-cycle must hold."""
         state = {"micro_step": self.micro_step}

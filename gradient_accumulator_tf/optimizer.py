@@ -157,8 +157,12 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self):
-        """The inner optimizer's variables, then those of the cycle."""
-        own = [] if self._accumulator is None else list(self._accumulator.state.values())
+        """The inner optimizer's variables, then those of the cycle, the same from build on.
+
+        A `LossScaleOptimizer` saves them by number. The sums for further denominators, which
+        come with the losses that need them, are saved by name in `save_own_variables`.
+        """
+        own = [] if self._accumulator is None else self._accumulator.variables_from_build
         return self.inner_optimizer.variables + own
 
     def build(self, variables):

@@ -124,6 +124,20 @@ def test_mixed_precision_trains_as_the_large_batch_to_its_rounding(policy, execu
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_precision_is_the_wrapped_models(mode):
+    # Its layers compute in float64 while everything else is float32.
+    inputs = keras.Input((3,), dtype="float64")
+    plain = keras.Model(inputs, keras.layers.Dense(1, dtype="float64")(inputs))
+    model, _ = accumulating(mode, plain)
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    assert difference([model(x)], [plain(x)]) == 0.0
+    half = keras.Sequential([keras.layers.Dense(1)])
+    half.dtype_policy = "mixed_bfloat16"
+    model, _ = accumulating(mode, half)
+    assert model.dtype_policy.name == "mixed_bfloat16"
+
+
 @float16
 @pytest.mark.parametrize("mode", MODES)
 def test_the_loss_scale_is_around_the_accumulation(mode, policy):

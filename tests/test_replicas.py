@@ -8,6 +8,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from tests.oracle import dense_model, difference, regression_data, state_of
 
+KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 KINDS = ["optimizer", "across_steps", "within_a_step"]
 
 
@@ -71,6 +72,8 @@ def test_equals_the_large_batch_of_one_device(kind, name, eager, strategy):
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_uneven_replicas_give_the_large_batchs_mean(kind, reduction, strategy):
     # The last effective batch has 11 examples: 6 and 5, and the last micro-batch 2 and 1.
+    if kind == "within_a_step" and strategy.num_replicas_in_sync > 1 and KERAS < (3, 10):
+        pytest.skip("metrics of Keras before 3.10 synchronise replicas, which a loop may not")
     loss = lambda: keras.losses.MeanSquaredError(reduction=reduction)  # noqa: E731
     sgd = lambda: keras.optimizers.SGD(0.01, momentum=0.9)  # noqa: E731
     regularized = lambda: dense_model(kernel_regularizer="l2")  # noqa: E731
