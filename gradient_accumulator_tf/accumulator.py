@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf.conditional import run_if
 from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas
 
 
@@ -104,11 +105,7 @@ def _add_to(total, gradient, started):
     """
     if isinstance(gradient, tf.IndexedSlices):
         # Rows that get no slice in this cycle must be zero all the same.
-        def clear(_):
-            total.assign(tf.zeros_like(total))
-            return (tf.constant(False),)
-
-        tf.while_loop(lambda missing: missing, clear, (tf.logical_not(started),))
+        run_if(tf.logical_not(started), lambda: total.assign(tf.zeros_like(total)))
         _compat.replica_local(total).scatter_add(gradient)
     elif _compat.compiles_with_xla():
         total.assign(tf.where(started, total, tf.zeros_like(total)) + gradient)

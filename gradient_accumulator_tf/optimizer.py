@@ -15,6 +15,7 @@ from gradient_accumulator_tf.accumulator import (
     received_of,
     scale_gradient,
 )
+from gradient_accumulator_tf.conditional import run_if
 from gradient_accumulator_tf.replicas import number_of_replicas
 
 
@@ -386,9 +387,6 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     def _update_if(self, is_due, certain):
         """Updates and starts a new cycle if `is_due()`, in replica or cross-replica context.
 
-        A loop of no or one turn rather than a conditional: XLA copies every variable around a
-        conditional, and updates them in place in a loop.
-
         Args:
             is_due: Function that returns a scalar bool tensor, the same on all replicas.
             certain: For each group of gradients, the indices of the variables that got one in
@@ -396,13 +394,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         """
 
         def update_if_due(run):
-            def turn(_):
-                self._update(run, certain)
-                return (tf.constant(False),)
+            run_if(is_due(), lambda: self._update(run, certain))
 
-            tf.while_loop(lambda due: due, turn, (is_due(),), parallel_iterations=1)
-
-        # A replica may not synchronise inside a loop; a loop outside the replicas may run them.
+        # A replica may not synchronise in a conditional; one outside the replicas may run them.
         def across_replicas(strategy):
             update_if_due(strategy.extended.call_for_each_replica)
 
