@@ -5,6 +5,7 @@ test for each that fails when Keras has changed underneath it or when the entry 
 """
 
 import contextlib
+import functools
 import os
 
 OLDEST_TENSORFLOW = (2, 16)
@@ -197,3 +198,35 @@ def gradients_are_reduced(optimizer):
             o.__dict__["_entered"] -= 1
             if not o.__dict__["_entered"]:
                 del o.__dict__["_entered"], o.__dict__["_all_reduce_sum_gradients"]
+
+
+def route_loss_scaling(accumulating):
+    """Lets a `LossScaleOptimizer` around an optimizer of the class `accumulating` act per update.
+
+    Left alone (Keras 3.8 to 3.15) it looks at each micro-batch: it drops one that overflowed,
+    which shifts every later cycle, and changes its scale several times per update; and it looks
+    at replica 0's gradients only. `compile` makes it by itself, so it can only be reached here.
+    Around any other optimizer it stays as it is.
+    """
+    import keras
+
+    cls = keras.optimizers.LossScaleOptimizer
+    build, apply = cls.build, cls.apply
+
+    @functools.wraps(build)
+    def routed_build(self, var_list):
+        build(self, var_list)
+        if isinstance(self.inner_optimizer, accumulating):
+            self.inner_optimizer.scaled_by(self)
+
+    @functools.wraps(apply)
+    def routed_apply(self, grads, trainable_variables=None):
+        inner = self.inner_optimizer
+        if not isinstance(inner, accumulating) or inner.is_updating:
+            apply(self, grads, trainable_variables)
+            return
+        if not self.built:
+            self.build(trainable_variables)
+        inner.apply(grads, trainable_variables)
+
+    cls.build, cls.apply = routed_build, routed_apply

@@ -219,7 +219,7 @@ class GradientAccumulateModel(keras.Model):
         Returns:
             Dict of the metrics' values.
         """
-        if self.accum_steps == 1:
+        if self.accum_steps == 1 and number_of_replicas() == 1:
             return super().train_step(data)
         data = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
         _compat.build_for_training(self, data)
@@ -252,10 +252,8 @@ class GradientAccumulateModel(keras.Model):
     def _train_across_steps(self, data):
         step = self._micro_step(data)
         if step.groups:
-            gradients = [g for group in step.groups for g in group.gradients]
-            variables = self.trainable_weights * len(step.groups)
-            with self._accumulating_optimizer.counting([group[1:] for group in step.groups]):
-                self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            # Not through a loss scaler, whose `apply` takes no weights.
+            self._accumulating_optimizer.apply_contributions(step.groups, self.trainable_weights)
         weight = step.weight
         if len(step.terms) == 1 and step.terms[0].denominator is not None:
             weight = step.terms[0].denominator

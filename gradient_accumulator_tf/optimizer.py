@@ -2,6 +2,7 @@
 
 import contextlib
 import numbers
+import weakref
 
 import keras
 import numpy as np
@@ -117,7 +118,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._accum_steps = accum_steps
         self._reduction = reduction
         self._accumulator = None
-        self._next_counts = None
+        self._loss_scaler = None
+        self._updates_running = 0
         self._state_to_load = None
         self._strategy = tf.distribute.get_strategy()
 
@@ -181,7 +183,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._trainable_variables_indices = {
             _compat.variable_key(self, v): i for i, v in enumerate(variables)
         }
-        if self._accum_steps > 1:
+        # Replicas do not clip or check what is not summed yet, nor weigh their own share alone.
+        if self._accum_steps > 1 or number_of_replicas() > 1:
             self._accumulator = GradientAccumulator(variables)
         self.built = True
         if self._state_to_load is not None:
@@ -224,22 +227,36 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         grads = list(grads)
         if not grads:
             return
+        if self.is_updating:
+            self.inner_optimizer.apply(grads, trainable_variables)
+            return
         if isinstance(weight, numbers.Number) and weight < 0:
             raise ValueError(
                 "`weight` is what a micro-batch counts for (examples or tokens) and must not be "
                 f"negative. Received: weight={weight}. Pass 0 for one that does not count."
             )
-        groups = self._aligned(grads, trainable_variables)
-        averaged = self._reduction == "mean"
+        contribution = Contribution(grads, weight, averaged=self._reduction == "mean")
+        self.apply_contributions([contribution], trainable_variables)
+
+    def apply_contributions(self, contributions, trainable_variables=None):
+        """`apply` for a micro-batch whose loss has several denominators.
+
+        Args:
+            contributions: List of `Contribution`, always in one order. One only if there is
+                nothing to accumulate: with `accum_steps=1` on one replica.
+            trainable_variables: The variables of each contribution's gradients; as for `apply`.
+        """
+        contributions = [
+            c._replace(gradients=self._aligned(c.gradients, trainable_variables))
+            for c in contributions
+        ]
         if self._accumulator is None:
-            if weight is not None and not averaged:
-                groups = [
-                    [g if g is None else scale_gradient(g, weight, g.dtype) for g in groups[0]]
-                ]
-            self.inner_optimizer.apply(groups[0], self._trainable_variables)
+            (only,) = contributions
+            factor = None if only.averaged else only.weight  # a mean of one is itself
+            self._apply_to_inner(
+                [g if g is None else scale_gradient(g, factor, g.dtype) for g in only.gradients]
+            )
             return
-        counts = self._next_counts or [(weight, averaged)] * len(groups)
-        contributions = [Contribution(g, *c) for g, c in zip(groups, counts, strict=True)]
         self._accumulator.add(*contributions)
         self._update_if(
             lambda: tf.greater_equal(self._accumulator.micro_step, self._accum_steps),
@@ -261,22 +278,18 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             with self._in_strategy():
                 self._accumulator.reset()
 
-    @contextlib.contextmanager
-    def counting(self, counts):
-        """Within this context `apply` takes the gradients' weights from `counts`.
+    @property
+    def is_updating(self):
+        """Whether an update is being traced or run, in which `apply` is the inner optimizer's."""
+        return self._updates_running > 0
 
-        It reaches through a `LossScaleOptimizer`, whose `apply` takes no weight. A call may then
-        name its variables several times: the gradients of the first time are the first group,
-        which counts as `counts[0]` says, and so on.
+    def scaled_by(self, loss_scaler):
+        """Takes gradients scaled by the `LossScaleOptimizer` that is around this optimizer.
 
-        Args:
-            counts: List of (weight, averaged) as in `Contribution`, one for each group.
+        They are summed as they are. At the update the loss scaler looks at the mean, divides it
+        by its scale or drops it, and changes the scale, as it does for a large batch.
         """
-        self._next_counts = counts
-        try:
-            yield
-        finally:
-            self._next_counts = None
+        self._loss_scaler = weakref.ref(loss_scaler)
 
     def scale_loss(self, loss):
         """The loss, scaled as the inner optimizer wants it."""
@@ -342,10 +355,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         return [name for name in super().__dir__() if name != "inner_optimizer"]
 
     def _aligned(self, grads, variables):
-        """The gradients in the order of the variables that the optimizer was built with.
-
-        A list for each time that the variables are named.
-        """
+        """The gradients in the order of the variables that the optimizer was built with."""
         if variables is None:
             if not self.built:
                 raise ValueError(
@@ -362,7 +372,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             )
         if not self.built:
             self.build(variables)
-        groups, times_seen = [], {}
+        aligned, seen = [None] * len(self._trainable_variables), set()
         for gradient, variable in zip(grads, variables, strict=True):
             index = self._trainable_variables_indices.get(_compat.variable_key(self, variable))
             if index is None:
@@ -372,11 +382,14 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                     "`trainable` was changed after the optimizer was built, compile the model "
                     "again with a new optimizer."
                 )
-            group = times_seen[index] = times_seen.get(index, -1) + 1
-            if group == len(groups):
-                groups.append([None] * len(self._trainable_variables))
-            groups[group][index] = gradient
-        return groups
+            if index in seen:
+                raise ValueError(
+                    "Each variable must have one gradient. Received: several for "
+                    f"{getattr(variable, 'path', variable.name)}. Add them up before."
+                )
+            seen.add(index)
+            aligned[index] = gradient
+        return aligned
 
     def _in_strategy(self):
         """The scope of the strategy that the variables were made in, where none is entered."""
@@ -417,9 +430,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         accumulator, everything = self._accumulator, range(len(self._trainable_variables))
 
         def update(indices, certain):
-            mean = accumulator.mean(indices, certain)
-            with _compat.gradients_are_reduced(self.inner_optimizer):
-                self.inner_optimizer.apply(mean, self._trainable_variables)
+            self._apply_to_inner(accumulator.mean(indices, certain))
             accumulator.reset()
 
         def update_received():
@@ -439,6 +450,21 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 lambda: run(lambda: update(everything, certain or ())),
                 lambda: run(lambda: update(known, certain or ())),
             )
+
+    def _apply_to_inner(self, gradients):
+        """Hands gradients that are summed over replicas to the inner optimizer.
+
+        By way of the loss scaler, if there is one, whose own inner optimizer is this one.
+        """
+        scaler = None if self._loss_scaler is None else self._loss_scaler()
+        optimizer = self.inner_optimizer if scaler is None else scaler
+        # Every replica's thread counts, as they take turns.
+        self._updates_running += 1
+        try:
+            with _compat.gradients_are_reduced(self.inner_optimizer):
+                optimizer.apply(gradients, self._trainable_variables)
+        finally:
+            self._updates_running -= 1
 
     def _load_state(self, state):
         # The inner optimizer names its variables "0", "1", ...
@@ -471,11 +497,11 @@ def _checked_inner_optimizer(optimizer):
         )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
-            "`optimizer` must not be a LossScaleOptimizer: gradients of different loss scales "
-            "cannot be summed. Received: a LossScaleOptimizer around "
+            "`optimizer` must not be a LossScaleOptimizer, whose place is outside. "
+            "Received: a LossScaleOptimizer around "
             f"{type(optimizer.inner_optimizer).__name__}. Put it outside: "
             "LossScaleOptimizer(GradientAccumulateOptimizer(...)), which `compile` does by "
-            "itself under the mixed_float16 policy."
+            "itself under the mixed_float16 policy. It acts once per update all the same."
         )
     for inner in getattr(optimizer, "optimizers", [optimizer]):
         if inner.gradient_accumulation_steps:
@@ -486,3 +512,6 @@ def _checked_inner_optimizer(optimizer):
                 "accum_steps instead."
             )
     return optimizer
+
+
+_compat.route_loss_scaling(GradientAccumulateOptimizer)

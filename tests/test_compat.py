@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf import GradientAccumulateOptimizer, _compat
 from tests.oracle import dense_model, regression_data
 
 
@@ -88,3 +88,26 @@ def test_a_mask_travels_from_the_embedding_to_the_loss():
     assert np.asarray(mask).tolist() == [[True, False, True]]
     assert _compat.keras_mask(_compat.set_keras_mask(tf.zeros(3), None)) is None
     assert not hasattr(keras.ops, "get_keras_mask")  # public one day?
+
+
+def test_a_loss_scale_optimizer_left_alone_looks_at_each_micro_batch():
+    # When it asks its inner optimizer first, `route_loss_scaling` can go.
+    variable = keras.Variable(1.0)
+    inner = GradientAccumulateOptimizer("sgd", 2)
+    scaler = keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
+    scaler.build([variable])
+    left_alone = keras.optimizers.LossScaleOptimizer.apply.__wrapped__
+    for gradient in (np.inf, np.inf):
+        left_alone(scaler, [tf.constant(gradient)], [variable])
+    assert (float(scaler.dynamic_scale), int(inner.micro_step)) == (1.0, 0)
+    for gradient in (np.inf, 1.0):
+        scaler.apply([tf.constant(gradient)], [variable])
+    assert (float(scaler.dynamic_scale), int(inner.micro_step)) == (0.5, 0)
+    assert float(variable) == 1.0
+
+
+def test_other_loss_scale_optimizers_are_left_alone():
+    variable = keras.Variable(1.0)
+    scaler = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=4.0)
+    scaler.apply([tf.constant(4.0)], [variable])
+    assert float(variable) == 0.5

@@ -6,6 +6,7 @@ import pytest
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from tests.oracle import (
+    EFFECTIVE,
     EXECUTIONS,
     MICRO,
     MODES,
@@ -162,35 +163,41 @@ def test_the_loss_scale_is_around_the_accumulation(mode, policy):
 
 
 @float16
-def test_an_overflow_in_one_micro_batch_skips_the_update_of_its_step(policy):
-    x, y, _ = regression_data(24)
-    y[5] = 1e9
-    results = []
-    for model in (dense_model(), accumulating("micro_batch_size", dense_model())[0]):
-        model.compile("sgd", loss="mse")
-        model.train_on_batch(x[:12], y[:12])
-        assert difference(model.get_weights(), dense_model().get_weights()) == 0.0
-        assert float(model.optimizer.dynamic_scale) == 2.0**14
-        model.train_on_batch(x[12:], y[12:])
-        results.append(model.get_weights())
-        assert updates_of(model.optimizer) == 1
-    assert difference(results[1], results[0]) < 1e-4
+@pytest.mark.parametrize("overflowing", [[5], [0, 5, 11]])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_overflow_drops_its_effective_batch_and_no_more(mode, overflowing, policy):
+    # The scale moves once, whether one micro-batch of the cycle overflows or each of them.
+    x, y, _ = regression_data(36)
+    y[overflowing] = 1e9
+    plain = dense_model()
+    plain.compile("sgd", loss="mse")
+    model, batch_size = accumulating(mode, dense_model())
+    model.compile("sgd", loss="mse")
+    scales = []
+    for start in range(0, 36, EFFECTIVE):
+        effective = x[start : start + EFFECTIVE], y[start : start + EFFECTIVE]
+        plain.train_on_batch(*effective)
+        for i in range(0, EFFECTIVE, batch_size):
+            model.train_on_batch(*(part[i : i + batch_size] for part in effective))
+        assert float(model.optimizer.dynamic_scale) == float(plain.optimizer.dynamic_scale)
+        assert int(model.optimizer.step_counter) == int(plain.optimizer.step_counter)
+        assert updates_of(model.optimizer) == updates_of(plain.optimizer)
+        scales.append(float(model.optimizer.dynamic_scale))
+    assert scales == [2.0**14] * 3 and updates_of(plain.optimizer) == 2
+    assert difference(model.get_weights(), plain.get_weights()) < 1e-4
 
 
 @float16
-@pytest.mark.xfail(reason="The LossScaleOptimizer drops that micro-batch alone; the cycle shifts.")
-def test_an_overflow_in_one_micro_batch_keeps_the_cycles_in_step(policy):
-    # Nine micro-batches, the second of which overflows: three cycles, whatever the first does.
+def test_the_scale_grows_by_updates(policy):
     x, y, _ = regression_data(36)
-    y[5] = 1e9
     model, batch_size = accumulating("accum_steps", dense_model())
-    model.compile("sgd", loss="mse")
-    ends = []
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), dynamic_growth_steps=3)
+    model.compile(optimizer, loss="mse")
+    scales = []
     for start in range(0, 36, batch_size):
         model.train_on_batch(x[start : start + batch_size], y[start : start + batch_size])
-        ends.append(int(model.optimizer.inner_optimizer.micro_step) == 0)
-    assert ends == [False, False, True] * 3
-    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+        scales.append(float(model.optimizer.dynamic_scale))
+    assert scales == [2.0**15] * 8 + [2.0**16]
 
 
 @float16
