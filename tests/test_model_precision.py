@@ -191,13 +191,13 @@ def test_an_overflow_drops_its_effective_batch_and_no_more(mode, overflowing, po
 def test_the_scale_grows_by_updates(policy):
     x, y, _ = regression_data(36)
     model, batch_size = accumulating("accum_steps", dense_model())
-    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), dynamic_growth_steps=3)
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), 256.0, 3)
     model.compile(optimizer, loss="mse")
     scales = []
     for start in range(0, 36, batch_size):
         model.train_on_batch(x[start : start + batch_size], y[start : start + batch_size])
         scales.append(float(model.optimizer.dynamic_scale))
-    assert scales == [2.0**15] * 8 + [2.0**16]
+    assert scales == [256.0] * 8 + [512.0]
 
 
 @float16
