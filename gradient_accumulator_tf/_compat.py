@@ -230,3 +230,54 @@ def route_loss_scaling(accumulating):
         inner.apply(grads, trainable_variables)
 
     cls.build, cls.apply = routed_build, routed_apply
+
+
+def mend_fit_on_several_workers():
+    """Lets Keras's `fit` and `evaluate` run under a MultiWorkerMirroredStrategy of several workers.
+
+    Two bugs of Keras 3.8 to 3.15 are in the way. `Trainer._maybe_symbolic_build` averages the
+    first batch over replicas, for its shapes, which fails for a nested batch; the worker's own
+    part has the same shapes. `reduce_per_replica` averages the logs, which are scalars, over
+    their first axis; replicas are what is to be averaged over. Nothing changes elsewhere.
+    """
+    import tensorflow as tf
+    from keras.src.backend.tensorflow import trainer
+
+    original_build = trainer.TensorFlowTrainer._maybe_symbolic_build
+    original_reduce = trainer.reduce_per_replica
+    if hasattr(original_reduce, "__wrapped__"):
+        return
+
+    @functools.wraps(original_build)
+    def build_from_local_shapes(self, iterator=None, data_batch=None):
+        strategy = self.distribute_strategy
+        if iterator is not None and trainer._collective_all_reduce_multi_worker(strategy):
+            batch = next(next(iter(iterator))[-1])
+            data_batch = tf.nest.map_structure(
+                lambda v: strategy.experimental_local_results(v)[0], batch
+            )
+            iterator = None
+        original_build(self, iterator, data_batch)
+
+    @functools.wraps(original_reduce)
+    def reduce_scalars(values, strategy, reduction):
+        averages = reduction in ("auto", "mean")
+        if averages and trainer._collective_all_reduce_multi_worker(strategy):
+            return tf.nest.map_structure(
+                lambda v: strategy.reduce(tf.distribute.ReduceOp.MEAN, v, axis=None), values
+            )
+        return original_reduce(values, strategy, reduction)
+
+    trainer.TensorFlowTrainer._maybe_symbolic_build = build_from_local_shapes
+    trainer.reduce_per_replica = reduce_scalars
+
+
+def is_parameter_server(strategy):
+    """Whether a strategy keeps its variables on other devices than those that compute.
+
+    By its name: TensorFlow 2.16 to 2.21 has three classes without a common base.
+    """
+    return any(
+        "ParameterServer" in c.__name__ or "CentralStorage" in c.__name__
+        for c in type(strategy).__mro__
+    )

@@ -24,7 +24,11 @@ from gradient_accumulator_tf.loss_weights import (
 )
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
 from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer
-from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas
+from gradient_accumulator_tf.replicas import (
+    check_strategy,
+    number_of_replicas,
+    sum_over_replicas,
+)
 
 
 class _MicroStep(NamedTuple):
@@ -105,7 +109,8 @@ class GradientAccumulateModel(keras.Model):
         TypeError: If `accum_steps` or `micro_batch_size` is not an integer, or `model` not a
             Keras 3 model.
         ValueError: If not exactly one of the two is given, if `model` is given together with
-            `inputs`, `outputs` or a `call` of its own, or if `model` overrides a training method.
+            `inputs`, `outputs` or a `call` of its own, if `model` overrides a training method,
+            or under a ParameterServerStrategy or CentralStorageStrategy.
     """
 
     def __init__(
@@ -138,6 +143,7 @@ class GradientAccumulateModel(keras.Model):
                     "Pass accum_steps (each call is then a micro-step), or override "
                     "`compute_loss` instead."
                 )
+        check_strategy()
         wrapped = _wrapped_model(type(self), inputs, outputs, model, kwargs)
         if wrapped is not None:
             # Inputs reach the wrapped model as they are; it casts them, or not, by itself.

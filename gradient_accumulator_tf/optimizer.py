@@ -17,7 +17,7 @@ from gradient_accumulator_tf.accumulator import (
     scale_gradient,
 )
 from gradient_accumulator_tf.conditional import run_if
-from gradient_accumulator_tf.replicas import number_of_replicas
+from gradient_accumulator_tf.replicas import check_strategy, number_of_replicas
 
 
 def _owned_by_inner(name):
@@ -96,7 +96,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     Raises:
         TypeError: If `accum_steps` is not an integer, or `optimizer` not a Keras 3 optimizer.
-        ValueError: If `accum_steps` < 1, or the inner optimizer accumulates or scales losses.
+        ValueError: If `accum_steps` < 1, the inner optimizer accumulates or scales losses, or
+            the strategy in force is a ParameterServerStrategy or CentralStorageStrategy.
 
     Reference:
         Design of accumulation as an optimizer: [optax.MultiSteps](
@@ -113,6 +114,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8).",
         )
         optimizer = _checked_inner_optimizer(optimizer)
+        check_strategy()
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = optimizer
         self._accum_steps = accum_steps

@@ -1,6 +1,8 @@
-"""What replicas of a `tf.distribute` strategy tell each other: sums, once per update."""
+"""Replicas of a `tf.distribute` strategy, and what they tell each other: sums, once per update."""
 
 import tensorflow as tf
+
+from gradient_accumulator_tf import _compat
 
 
 def number_of_replicas():
@@ -22,7 +24,27 @@ def sum_over_replicas(tensors):
     flat = tf.nest.flatten(tensors)
     for dtype in dict.fromkeys(t.dtype for t in flat if t is not None):
         places = [i for i, t in enumerate(flat) if t is not None and t.dtype == dtype]
-        sums = context.all_reduce(tf.distribute.ReduceOp.SUM, [flat[i] for i in places])
+        # The reduction asks where a tensor is; what a variable is read to does not say it.
+        here = [tf.identity(flat[i]) for i in places]
+        sums = context.all_reduce(tf.distribute.ReduceOp.SUM, here)
         for i, total in zip(places, sums, strict=True):
             flat[i] = total
     return tf.nest.pack_sequence_as(tensors, flat)
+
+
+def check_strategy():
+    """Makes ready for the strategy in force.
+
+    Raises:
+        ValueError: If it is one under which nothing here can work.
+    """
+    strategy = tf.distribute.get_strategy()
+    if _compat.is_parameter_server(strategy):
+        raise ValueError(
+            "Accumulating needs a strategy under which replicas train in step and each has "
+            f"variables of its own. Received: {type(strategy).__name__}, which keeps variables "
+            "on devices that do not compute. Use tf.distribute.MirroredStrategy (one machine) "
+            "or tf.distribute.MultiWorkerMirroredStrategy (several)."
+        )
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        _compat.mend_fit_on_several_workers()
