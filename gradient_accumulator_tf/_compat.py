@@ -64,6 +64,11 @@ def call_has_training_argument(layer):
     return layer._call_has_training_arg
 
 
+def all_layers(model):
+    """The model and all layers in it, however deep (`Layer._flatten_layers`, Keras 3.8 to 3.15)."""
+    return model._flatten_layers()
+
+
 def compute_loss(model, x, y, y_pred, sample_weight):
     """`model.compute_loss` for training, whether or not an override takes `training`.
 
@@ -177,27 +182,59 @@ def replica_local(variable):
 
 
 @contextlib.contextmanager
-def gradients_are_reduced(optimizer):
-    """Within this context the optimizer takes gradients that are already summed over replicas.
+def replicas_agree(optimizer):
+    """Within this context `optimizer` updates every replica alike, without a word between them.
 
-    Keras clips each replica's gradient and only then sums them (Keras 3.8 to 3.15), so that
-    clipnorm=1 on two replicas lets a norm of 2 through. We sum first, and keep
-    `Optimizer._all_reduce_sum_gradients` from doing it again.
+    To be entered on each replica, with gradients that are already summed over replicas. Three
+    things that Keras 3.8 to 3.15 does then are in the way:
+
+    - It sums the gradients over replicas after it clipped each replica's
+      (`Optimizer._all_reduce_sum_gradients`): clipnorm=1 on two replicas lets a norm of 2 through.
+    - It tells all replicas of replica 0's `iterations`, in a merge call, which TensorFlow does
+      not take in a conditional on a replica (where `replicas_need_no_merge_call`).
+    - It overwrites weights with their moving average in a merge call within a conditional
+      (`Optimizer._overwrite_model_variables_with_average_value`).
     """
+    import tensorflow as tf
+
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        yield
+        return
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
-    optimizers = getattr(optimizer, "optimizers", [optimizer])
+    changed = []
+    for o in [optimizer, *getattr(optimizer, "optimizers", [])]:
+        changed.append((o.__dict__, "_all_reduce_sum_gradients", list))
+        overwrite = functools.partial(_overwrite_with_average, o)
+        changed.append((o.__dict__, "_overwrite_model_variables_with_average_value", overwrite))
+        assign = functools.partial(_assign_on_replica, o._iterations)
+        changed.append((o._iterations.__dict__, "_direct_assign", assign))
     # Every replica's thread enters, and the first to leave must not undo it for the others.
-    for o in optimizers:
-        o.__dict__["_all_reduce_sum_gradients"] = list
-        o.__dict__["_entered"] = o.__dict__.get("_entered", 0) + 1
+    for attributes, name, value in changed:
+        attributes[name] = value
+        attributes[f"{name}_entered"] = attributes.get(f"{name}_entered", 0) + 1
     try:
         yield
     finally:
-        for o in optimizers:
-            o.__dict__["_entered"] -= 1
-            if not o.__dict__["_entered"]:
-                del o.__dict__["_entered"], o.__dict__["_all_reduce_sum_gradients"]
+        for attributes, name, _ in changed:
+            attributes[f"{name}_entered"] -= 1
+            if not attributes[f"{name}_entered"]:
+                del attributes[name], attributes[f"{name}_entered"]
+
+
+def _assign_on_replica(variable, value):
+    """Assigns to this replica's own copy of a Keras variable."""
+    import tensorflow as tf
+
+    own = replica_local(variable.value)
+    own.assign(tf.cast(value, own.dtype))
+
+
+def _overwrite_with_average(optimizer, variables):
+    averages = optimizer._model_variables_moving_average
+    for variable, average in zip(variables, averages, strict=True):
+        if average is not None:
+            _assign_on_replica(variable, replica_local(average.value))
 
 
 def route_loss_scaling(accumulating):

@@ -172,8 +172,11 @@ class GradientAccumulateModel(keras.Model):
         mixed_float16 inside the `LossScaleOptimizer`.
 
         Raises:
-            ValueError: If the optimizer accumulates by itself, unless by the same `accum_steps`.
+            ValueError: If the optimizer accumulates by itself, unless by the same
+                `accum_steps`, or if, with `micro_batch_size` on several replicas, a layer
+                synchronises them (`BatchNormalization(synchronized=True)`).
         """
+        self._check_layers()
         super().compile(self._accumulating(optimizer), *args, **kwargs)
 
     def compile_from_config(self, config):
@@ -229,6 +232,7 @@ class GradientAccumulateModel(keras.Model):
             return super().train_step(data)
         data = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
         _compat.build_for_training(self, data)
+        self._check_layers()
         if self.micro_batch_size is None:
             return self._train_across_steps(data)
         return self._train_within_step(data)
@@ -298,7 +302,7 @@ class GradientAccumulateModel(keras.Model):
             # its gradients, the update must not count.
             with (
                 tf.control_dependencies([g for g in means if g is not None]),
-                _compat.gradients_are_reduced(self.optimizer),
+                _compat.replicas_agree(self.optimizer),
             ):
                 self.optimizer.apply_gradients(zip(means, variables, strict=True))
         loss, values = loss_from_sums(losses)
@@ -354,6 +358,20 @@ class GradientAccumulateModel(keras.Model):
             metric.update_state(value, sample_weight=weight)
         results = self.get_metrics_result()
         return {name: results.get(name, value) for name, value in logs.items()}
+
+    def _check_layers(self):
+        """Refuses layers that synchronise replicas in the loop over micro-batches."""
+        if self.micro_batch_size is None or self.distribute_strategy.num_replicas_in_sync == 1:
+            return
+        for layer in _compat.all_layers(self):
+            if getattr(layer, "synchronized", False):
+                raise ValueError(
+                    "With `micro_batch_size` on several replicas no layer may synchronise them, "
+                    "which TensorFlow cannot do in the loop over micro-batches. Received: "
+                    f"{type(layer).__name__}(synchronized=True) {layer.name!r} on "
+                    f"{self.distribute_strategy.num_replicas_in_sync} replicas. Pass accum_steps "
+                    "instead (fit's batch is then a micro-batch), or make it synchronized=False."
+                )
 
     @property
     def _accumulating_optimizer(self):

@@ -463,7 +463,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         # Every replica's thread counts, as they take turns.
         self._updates_running += 1
         try:
-            with _compat.gradients_are_reduced(self.inner_optimizer):
+            with _compat.replicas_agree(self.inner_optimizer):
                 optimizer.apply(gradients, self._trainable_variables)
         finally:
             self._updates_running -= 1
