@@ -8,9 +8,9 @@ import tensorflow as tf
 
 from tests.oracle import EXECUTIONS
 
-# Two logical devices, so that strategies can be tested where there is no GPU.
+# Logical devices, so that strategies can be tested where there is no GPU.
 tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
 
 

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel
 
@@ -31,6 +32,18 @@ def dense_model(features=5, units=8, seed=1, **kwargs):
             keras.layers.Dense(units, "tanh", **kwargs),
             keras.layers.Dense(1),
         ]
+    )
+
+
+def mirrored(replicas=2):
+    """A MirroredStrategy over the first logical CPU devices.
+
+    Strategies made one after the other in one process share the keys of collectives, so none are
+    used.
+    """
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(replicas)],
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
 
 
@@ -75,7 +88,7 @@ def updates_of(optimizer):
     """The innermost optimizer's count: Keras 3.8 leaves a LossScaleOptimizer's own at 0."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
-    return int(optimizer.iterations)
+    return int(optimizer.iterations.numpy())
 
 
 def assert_trains_as_large_batch(

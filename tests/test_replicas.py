@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from tests.oracle import dense_model, difference, regression_data, state_of
+from tests.oracle import dense_model, difference, mirrored, regression_data, state_of
 
 KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 KINDS = ["optimizer", "across_steps", "within_a_step"]
@@ -14,12 +14,7 @@ KINDS = ["optimizer", "across_steps", "within_a_step"]
 
 @pytest.fixture(params=["mirrored", "one_device"])
 def strategy(request):
-    if request.param == "one_device":
-        return tf.distribute.OneDeviceStrategy("CPU:1")
-    # Strategies made one after the other in one process share the keys of collectives.
-    return tf.distribute.MirroredStrategy(
-        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
-    )
+    return mirrored() if request.param == "mirrored" else tf.distribute.OneDeviceStrategy("CPU:1")
 
 
 def _compiled(kind, make_optimizer, loss, strategy, model=dense_model, **kwargs):

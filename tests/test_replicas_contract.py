@@ -1,0 +1,129 @@
+"""On two replicas every optimizer is that of the large batch on one device, in every loop."""
+
+import functools
+
+import keras
+import pytest
+import tensorflow as tf
+
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from tests.oracle import dense_model, difference, mirrored, regression_data, state_of
+from tests.test_optimizer_contract import OPTIMIZERS, VARIANTS
+
+LARGE, MICRO, EXAMPLES, EPOCHS = 16, 4, 32, 2
+
+
+def _data():
+    return regression_data(EXAMPLES, dtype="float64")[:2]
+
+
+@functools.cache
+def _large_batch(name):
+    """Weights and optimizer state after a training on one device."""
+    optimizer, model = (OPTIMIZERS | VARIANTS)[name](), dense_model()
+    model.compile(optimizer, "mse")
+    # Keras's ScheduleFreeAdamW, if `fit` builds it, starts afresh at every step.
+    optimizer.build(model.trainable_variables)
+    model.fit(*_data(), batch_size=LARGE, epochs=EPOCHS, shuffle=False, verbose=0)
+    return model.get_weights(), state_of(optimizer.variables)
+
+
+def _fit(model, batch_size):
+    model.fit(*_data(), batch_size=batch_size, epochs=EPOCHS, shuffle=False, verbose=0)
+
+
+def _fit_optimizer(make, strategy):
+    with strategy.scope():
+        model = dense_model()
+        model.compile(GradientAccumulateOptimizer(make(), LARGE // MICRO), "mse")
+    _fit(model, MICRO)
+    return model
+
+
+def _fit_across_steps(make, strategy):
+    with strategy.scope():
+        model = GradientAccumulateModel(model=dense_model(), accum_steps=LARGE // MICRO)
+        model.compile(make(), "mse")
+    _fit(model, MICRO)
+    return model
+
+
+def _fit_within_a_step(make, strategy):
+    with strategy.scope():
+        model = GradientAccumulateModel(model=dense_model(), micro_batch_size=MICRO // 2)
+        model.compile(make(), "mse")
+    _fit(model, LARGE)
+    return model
+
+
+class OwnTrainStep(keras.Model):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def call(self, x):
+        return self.net(x)
+
+    def train_step(self, data):
+        x, y = data
+        variables = self.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+            loss = self.optimizer.scale_loss(loss)
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def _own_train_step(make, strategy):
+    with strategy.scope():
+        model = OwnTrainStep(dense_model())
+        model.compile(GradientAccumulateOptimizer(make(), LARGE // MICRO), "mse")
+    _fit(model, MICRO)
+    return model
+
+
+def _custom_loop(make, strategy, eager=False):
+    with strategy.scope():
+        model = dense_model()
+        model.optimizer = GradientAccumulateOptimizer(make(), LARGE // MICRO)
+        model.optimizer.build(model.trainable_variables)
+    variables = model.trainable_variables
+
+    def micro_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+            loss = model.optimizer.scale_loss(loss) / strategy.num_replicas_in_sync
+        model.optimizer.apply(tape.gradient(loss, variables), variables)
+
+    def run(*batch):
+        strategy.run(micro_step, args=batch)
+
+    run = run if eager else tf.function(run)
+    batches = tf.data.Dataset.from_tensor_slices(_data()).batch(MICRO).repeat(EPOCHS)
+    for batch in strategy.experimental_distribute_dataset(batches):
+        run(*batch)
+    model.optimizer.finalize_variable_values(variables)
+    return model
+
+
+WAYS = {
+    "fit_optimizer": _fit_optimizer,
+    "fit_across_steps": _fit_across_steps,
+    "fit_within_a_step": _fit_within_a_step,
+    "own_train_step": _own_train_step,
+    "custom_loop": _custom_loop,
+    "eager_custom_loop": functools.partial(_custom_loop, eager=True),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", OPTIMIZERS | VARIANTS)
+def test_equals_the_large_batch_of_one_device(name, way):
+    weights, state = _large_batch(name)
+    model = WAYS[way]((OPTIMIZERS | VARIANTS)[name], mirrored())
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    assert int(optimizer.iterations.numpy()) == EXAMPLES // LARGE * EPOCHS
+    assert difference(weights, dense_model().get_weights()) > 1e-3
+    assert difference(model.get_weights(), weights) < 1e-12
+    assert difference(state_of(optimizer.variables), state) < 1e-12
