@@ -1,5 +1,9 @@
 """Both wrappers on two logical devices: the large batch of one device, one sum per update."""
 
+import json
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -178,3 +182,62 @@ def test_mid_cycle_state_is_the_sum_over_replicas(copy, strategy, tmp_path):
     for start in (16, 24):
         resumed.train_on_batch(x[start : start + 8], y[start : start + 8])
     assert difference(resumed.get_weights(), large.get_weights()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_replicas(kind):
+    x, y, _ = regression_data(96)
+    large, _ = _plain(OPTIMIZERS["adam"], "mse", {"x": x, "y": y})
+    model = _compiled(kind, OPTIMIZERS["adam"], "mse", mirrored(4))
+    size = 32 if kind == "within_a_step" else 8
+    model.fit(x, y, batch_size=size, epochs=2, shuffle=False, verbose=0)
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_models_train_step_in_a_custom_loop(kind, eager):
+    x, y, _ = regression_data(96)
+    large, _ = _plain(OPTIMIZERS["adam"], "mse", {"x": x, "y": y}, epochs=1)
+    strategy = mirrored()
+    model = _compiled(kind, OPTIMIZERS["adam"], "mse", strategy)
+
+    def run(*batch):
+        strategy.run(model.train_step, args=(batch,))
+
+    run = run if eager else tf.function(run)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y))
+    dataset = dataset.batch(32 if kind == "within_a_step" else 8)
+    for batch in strategy.experimental_distribute_dataset(dataset):
+        run(*batch)
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_one_micro_batch_per_update_clips_after_the_sum_and_weighs_uneven_replicas(kind):
+    x, y, _ = regression_data(39)  # the last batch has 7 examples: 4 and 3
+    large, _ = _plain(OPTIMIZERS["clipnorm"], "mse", {"x": x, "y": y}, epochs=1)
+    large_even, _ = _plain(OPTIMIZERS["clipnorm"], "mse", {"x": x[:32], "y": y[:32]}, epochs=1)
+    strategy = mirrored()
+    with strategy.scope():
+        model, optimizer = dense_model(), OPTIMIZERS["clipnorm"]()
+        if kind == "optimizer":
+            optimizer = GradientAccumulateOptimizer(optimizer, 1)
+        else:
+            model = GradientAccumulateModel(model=model, accum_steps=1)
+        model.compile(optimizer, "mse")
+    examples = 32 if kind == "optimizer" else 39
+    model.fit(x[:examples], y[:examples], batch_size=32, shuffle=False, verbose=0)
+    expected = large_even if kind == "optimizer" else large
+    assert difference(model.get_weights(), expected.get_weights()) < 1e-6
+
+
+def test_strategies_that_need_no_merge_call():
+    # XLA with GPUs only. Here Keras and TensorFlow are told so on CPUs, in a process of its own,
+    # as there replicas talk in collectives, whose keys strategies of one process share.
+    job = [sys.executable, "-m", "tests.no_merge_call_job"]
+    done = subprocess.run(job, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert set(differences) == set(KINDS)
+    assert max(differences.values()) < 1e-6

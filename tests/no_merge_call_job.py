@@ -1,0 +1,44 @@
+"""Trains under a strategy that says it needs no merge call; prints differences as JSON."""
+
+import json
+
+import keras
+import tensorflow as tf
+from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
+
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from tests import conftest  # noqa: F401  (logical devices)
+from tests.oracle import dense_model, difference, regression_data
+
+
+def _optimizer():
+    return keras.optimizers.Adam(
+        0.02, clipnorm=0.05, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3
+    )
+
+
+def _train(model, optimizer, batch_size):
+    x, y, _ = regression_data(96)
+    model.compile(optimizer, "mse")
+    model.fit(x, y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
+    return model.get_weights()
+
+
+def main():
+    large = _train(dense_model(), _optimizer(), 32)
+    MirroredExtended._use_merge_call = lambda self: False
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    weights = {}
+    with strategy.scope():
+        assert tf.__internal__.distribute.strategy_supports_no_merge_call()
+        optimizer = GradientAccumulateOptimizer(_optimizer(), 4)
+        weights["optimizer"] = _train(dense_model(), optimizer, 8)
+        model = GradientAccumulateModel(model=dense_model(), accum_steps=4)
+        weights["across_steps"] = _train(model, _optimizer(), 8)
+        model = GradientAccumulateModel(model=dense_model(), micro_batch_size=4)
+        weights["within_a_step"] = _train(model, _optimizer(), 32)
+    print(json.dumps({kind: difference(w, large) for kind, w in weights.items()}))
+
+
+if __name__ == "__main__":
+    main()
