@@ -37,8 +37,9 @@ lint: $(STAMP)  ## check style and formatting
 test-oldest: $(STAMP)  ## run the suite on the oldest supported TensorFlow and Keras
 	$(RUN) -m nox --session tests_oldest -- $(PYTEST_ARGS)
 
-benchmarks: $(STAMP)  ## measure the cost of a micro-step
+benchmarks: $(STAMP)  ## measure what a micro-step costs, and what an update sends
 	$(RUN) benchmarks/overhead.py
+	$(RUN) benchmarks/communication.py
 
 clean:  ## remove the environments, caches and builds
 	rm -rf .venv .nox .hypothesis .pytest_cache .ruff_cache build dist *.egg-info

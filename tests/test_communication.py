@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 
 import pytest
 
@@ -13,13 +12,15 @@ from benchmarks.communication import EVERY_STEP, IDLE, LARGE, OURS
 reads_loopback = pytest.mark.skipif(
     not communication.INTERFACES.exists(), reason="only Linux counts the bytes of an interface"
 )
-# The first worker fails or not; the other tells its process id and waits, as for a stuck peer.
+# The first worker fails or not. The other tells its process id and waits, as for a stuck peer; it
+# takes that back if nobody stops it.
 WORKER = """
 import json, os, sys, time
 if json.loads(os.environ["TF_CONFIG"])["task"]["index"]:
     with open(sys.argv[1], "w") as file:
         file.write(str(os.getpid()))
     time.sleep(60)
+    os.remove(sys.argv[1])
 elif sys.argv[2] == "fails":
     while not (os.path.exists(sys.argv[1]) and os.path.getsize(sys.argv[1])):
         time.sleep(0.01)
@@ -46,14 +47,12 @@ def test_an_update_sends_what_the_large_batch_sends(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "first, timeout, message",
-    [("fails", 60, "worker 0, exit status 1:\nout of luck"), ("ends", 2, "not done in 2 s")],
+    [("fails", 60, "worker 0, exit status 1:\nout of luck"), ("ends", 5, "not done in 5 s")],
 )
 def test_no_worker_outlives_a_failure(first, timeout, message, tmp_path):
     command = [sys.executable, "-c", WORKER, str(tmp_path / "pid"), first]
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match=message):
         communication.run_workers(command, 2, timeout)
-    assert time.monotonic() - start < 30
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 

@@ -1,0 +1,191 @@
+"""One worker of the job that `test_multi_worker.py` starts: trains in every way and saves arrays.
+
+TF_CONFIG=... python -m tests.multi_worker_job DIRECTORY
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from tests.oracle import dense_model, regression_data, state_of
+
+LARGE, MICRO, EXAMPLES, EPOCHS = 24, 6, 60, 2  # the last effective batch has half the examples
+KINDS = ["optimizer", "across_steps", "within_a_step"]
+
+
+def make_optimizer():
+    return keras.optimizers.Adam(0.02, global_clipnorm=0.05, use_ema=True, ema_momentum=0.8)
+
+
+def make_loss():
+    return keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+
+
+def make_scaled():
+    return keras.optimizers.SGD(0.05)
+
+
+def overflowing_data():
+    """The last example of the first effective batch overflows in float16."""
+    x, y, _ = regression_data(3 * LARGE)
+    y[LARGE - 1] = 1e9
+    return x, y
+
+
+def accumulating(kind, optimizer, loss):
+    """A compiled model that accumulates, and the batch size for its `fit`."""
+    model, batch_size = dense_model(), MICRO
+    if kind == "optimizer":
+        optimizer = GradientAccumulateOptimizer(optimizer, LARGE // MICRO)
+    elif kind == "across_steps":
+        model = GradientAccumulateModel(model=model, accum_steps=LARGE // MICRO)
+    else:
+        model, batch_size = GradientAccumulateModel(model=model, micro_batch_size=2), LARGE
+    model.compile(optimizer, loss, weighted_metrics=["mae"])
+    return model, batch_size
+
+
+def fit(kind):
+    """Trains on data with uneven ends, but for the optimizer wrapper, which counts steps alike."""
+    x, y, weights = regression_data(EXAMPLES)
+    if kind == "optimizer":
+        x, y, weights = x[: 2 * LARGE], y[: 2 * LARGE], np.ones(2 * LARGE, "float32")
+    model, batch_size = accumulating(kind, make_optimizer(), make_loss())
+    data = tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(batch_size)
+    history = model.fit(data, epochs=EPOCHS, verbose=0).history
+    logs = model.evaluate(x, y, sample_weight=weights, batch_size=LARGE, verbose=0)
+    return {"weights": model.get_weights(), "loss": history["loss"], "evaluate": logs}
+
+
+def custom_loop(strategy):
+    x, y, _ = regression_data(EXAMPLES)
+    model, optimizer = dense_model(), GradientAccumulateOptimizer(make_optimizer(), LARGE // MICRO)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+
+    def micro_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.math.divide_no_nan(
+                tf.reduce_sum((model(x, training=True) - y) ** 2), tf.cast(tf.shape(x)[0], x.dtype)
+            )
+            loss /= strategy.num_replicas_in_sync
+        optimizer.apply(tape.gradient(loss, variables), variables, weight=tf.shape(x)[0])
+
+    run = tf.function(lambda *batch: strategy.run(micro_step, args=batch))
+    for _ in range(EPOCHS):
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(MICRO)
+        for batch in strategy.experimental_distribute_dataset(data):
+            run(*batch)
+        optimizer.flush()
+    optimizer.finalize_variable_values(variables)
+    return {"weights": model.get_weights(), "iterations": [optimizer.iterations.numpy()]}
+
+
+def mixed_precision(kind):
+    keras.config.set_dtype_policy("mixed_float16")
+    model, batch_size = accumulating(kind, make_scaled(), "mse")
+    keras.config.set_dtype_policy("float32")
+    model.optimizer.initial_scale = 256.0
+    data = tf.data.Dataset.from_tensor_slices(overflowing_data()).batch(batch_size)
+    model.fit(data, verbose=0)
+    return {
+        "weights": model.get_weights(),
+        "scale": [model.optimizer.dynamic_scale.numpy()],
+        "updates": [model.optimizer.inner_optimizer.iterations.numpy()],
+    }
+
+
+def train_and_save(strategy, path):
+    """Ten micro-steps: two updates and half a cycle, then every worker saves."""
+    x, y, _ = regression_data(4 * LARGE)
+    model = _checkpointed(seed=1)
+    _run(strategy, model, x, y, range(10))
+    _checkpoint(model).save(path)
+    return {"micro_step": [model.optimizer.micro_step.numpy()], "weights": model.get_weights()}
+
+
+def resume(strategy, path):
+    x, y, _ = regression_data(4 * LARGE)
+    model = _checkpointed(seed=5)
+    _checkpoint(model).restore(path).assert_consumed()
+    _run(strategy, model, x, y, range(10, 16))
+    return {
+        "weights": model.get_weights(),
+        "state": state_of(model.optimizer.inner_optimizer.variables),
+    }
+
+
+def _checkpointed(seed):
+    model = dense_model(seed=seed)
+    model.compile(GradientAccumulateOptimizer(keras.optimizers.Adam(0.02), LARGE // MICRO), "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def _checkpoint(model):
+    return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+
+
+def _run(strategy, model, x, y, micro_batches):
+    run = tf.function(lambda *batch: strategy.run(model.train_step, args=(batch,)))
+    first, last = micro_batches[0] * MICRO, (micro_batches[-1] + 1) * MICRO
+    data = tf.data.Dataset.from_tensor_slices((x[first:last], y[first:last])).batch(MICRO)
+    for batch in strategy.experimental_distribute_dataset(data):
+        run(*batch)
+
+
+def keras_alone(strategy):
+    """What Keras's `fit` raises in each of the two places that are mended."""
+    from keras.src.backend.tensorflow import trainer
+
+    x, y, _ = regression_data(LARGE)
+    model = dense_model()
+    model.compile("sgd", "mse")
+    errors = []
+    try:
+        model.fit(x, y, batch_size=LARGE, verbose=0)
+        errors.append("")
+    except ValueError as error:
+        errors.append(str(error))
+    scalars = strategy.run(lambda: tf.constant(1.0))
+    try:
+        trainer.reduce_per_replica({"loss": scalars}, strategy, "auto")
+        errors.append("")
+    except ValueError as error:
+        errors.append(str(error))
+    return errors
+
+
+def main():
+    directory = pathlib.Path(sys.argv[1])
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    # Only the chief's file stays; the others take part, as sums over replicas are collective.
+    path = directory / ("checkpoint" if index == 0 else f"checkpoint_of_{index}")
+    with strategy.scope():
+        errors = keras_alone(strategy)
+        results = {kind: fit(kind) for kind in KINDS}
+        results["custom_loop"] = custom_loop(strategy)
+        results |= {f"mixed_{kind}": mixed_precision(kind) for kind in KINDS}
+        results["saved"] = train_and_save(strategy, path)
+        # All have saved once all have passed here.
+        strategy.reduce("SUM", strategy.run(lambda: tf.constant(1.0)), axis=None).numpy()
+        results["resumed"] = resume(strategy, str(directory / "checkpoint-1"))
+    arrays = {
+        f"{name}/{part}/{i}": array
+        for name, parts in results.items()
+        for part, values in parts.items()
+        for i, array in enumerate(values)
+    }
+    np.savez(directory / f"worker_{index}.npz", **arrays)
+    (directory / f"worker_{index}.json").write_text(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main()
