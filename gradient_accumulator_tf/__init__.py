@@ -4,8 +4,14 @@ from gradient_accumulator_tf._compat import check_installation as _check_install
 
 _check_installation()
 
+from gradient_accumulator_tf.batch_norm import AccumBatchNorm  # noqa: E402
 from gradient_accumulator_tf.model import GradientAccumulateModel  # noqa: E402
 from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["GradientAccumulateModel", "GradientAccumulateOptimizer", "__version__"]
+__all__ = [
+    "AccumBatchNorm",
+    "GradientAccumulateModel",
+    "GradientAccumulateOptimizer",
+    "__version__",
+]

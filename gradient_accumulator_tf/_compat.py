@@ -207,7 +207,7 @@ def replicas_agree(optimizer):
         changed.append((o.__dict__, "_all_reduce_sum_gradients", list))
         overwrite = functools.partial(_overwrite_with_average, o)
         changed.append((o.__dict__, "_overwrite_model_variables_with_average_value", overwrite))
-        assign = functools.partial(_assign_on_replica, o._iterations)
+        assign = functools.partial(assign_on_replica, o._iterations)
         changed.append((o._iterations.__dict__, "_direct_assign", assign))
     # Every replica's thread enters, and the first to leave must not undo it for the others.
     for attributes, name, value in changed:
@@ -222,7 +222,7 @@ def replicas_agree(optimizer):
                 del attributes[name], attributes[f"{name}_entered"]
 
 
-def _assign_on_replica(variable, value):
+def assign_on_replica(variable, value):
     """Assigns to this replica's own copy of a Keras variable."""
     import tensorflow as tf
 
@@ -234,7 +234,7 @@ def _overwrite_with_average(optimizer, variables):
     averages = optimizer._model_variables_moving_average
     for variable, average in zip(variables, averages, strict=True):
         if average is not None:
-            _assign_on_replica(variable, replica_local(average.value))
+            assign_on_replica(variable, replica_local(average.value))
 
 
 def route_loss_scaling(accumulating):

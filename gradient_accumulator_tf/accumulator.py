@@ -86,8 +86,8 @@ def sum_of_means(groups):
     return means
 
 
-def _variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
-    # Each replica has its own; what is read outside a replica, and saved, is their sum.
+def sum_variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
+    """A zero variable of each replica's own; read outside a replica, and saved, is their sum."""
     return tf.Variable(
         tf.zeros(shape, dtype),
         trainable=False,
@@ -129,10 +129,10 @@ class _Group(tf.Module):
     def __init__(self, variables, name):
         super().__init__(name=name)
         first = tf.VariableAggregation.ONLY_FIRST_REPLICA
-        self.weight = _variable((), tf.float64, f"{name}_weight")
-        self.received = _variable((len(variables),), tf.bool, f"{name}_received", first)
+        self.weight = sum_variable((), tf.float64, f"{name}_weight")
+        self.received = sum_variable((len(variables),), tf.bool, f"{name}_received", first)
         self.sums = [
-            _variable(v.shape, accumulation_dtype(v.dtype), f"{name}_gradient_sum_{i}")
+            sum_variable(v.shape, accumulation_dtype(v.dtype), f"{name}_gradient_sum_{i}")
             for i, v in enumerate(variables)
         ]
 
@@ -192,7 +192,7 @@ class GradientAccumulator(tf.Module):
         # Keras builds optimizers while it traces the first training step.
         with tf.init_scope():
             first = tf.VariableAggregation.ONLY_FIRST_REPLICA
-            self.micro_step = _variable((), tf.int64, "micro_step", first)
+            self.micro_step = sum_variable((), tf.int64, "micro_step", first)
             self._groups = [_Group(self._shapes, "group_0")]
 
     @property

@@ -1,8 +1,9 @@
-"""A conditional for side effects, in the form that costs least where it is compiled."""
+"""Conditionals for side effects, on one replica and on all of them."""
 
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf.replicas import number_of_replicas
 
 
 def run_if(condition, function):
@@ -20,3 +21,25 @@ def run_if(condition, function):
         tf.while_loop(lambda due: due, branch, (condition,), parallel_iterations=1)
     else:
         tf.cond(condition, branch, lambda: tf.constant(False))
+
+
+def run_on_replicas_if(is_due, action):
+    """Calls `action(run)` if `is_due()`; `run(function)` then runs a function on every replica.
+
+    To be called on every replica, or outside of them. The functions may talk to other replicas.
+
+    Args:
+        is_due: Function that returns a scalar bool tensor, the same on all replicas.
+        action: Function that takes `run`.
+    """
+
+    # A replica may not synchronise in a conditional; one outside the replicas may run them.
+    def across_replicas(strategy):
+        run_if(is_due(), lambda: action(strategy.extended.call_for_each_replica))
+
+    if tf.distribute.in_cross_replica_context():
+        across_replicas(tf.distribute.get_strategy())
+    elif number_of_replicas() == 1 or _compat.replicas_need_no_merge_call():
+        run_if(is_due(), lambda: action(lambda function: function()))
+    else:
+        tf.distribute.get_replica_context().merge_call(across_replicas)

@@ -14,6 +14,7 @@ from gradient_accumulator_tf.accumulator import (
     scale_gradient,
     sum_of_means,
 )
+from gradient_accumulator_tf.batch_norm import AccumBatchNorm, led
 from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
 from gradient_accumulator_tf.loss_weights import (
     LossRecorder,
@@ -229,7 +230,10 @@ class GradientAccumulateModel(keras.Model):
             Dict of the metrics' values.
         """
         if self.accum_steps == 1 and number_of_replicas() == 1:
-            return super().train_step(data)
+            with led():
+                logs = super().train_step(data)
+            self._end_cycle_of_batch_norms()
+            return logs
         data = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
         _compat.build_for_training(self, data)
         self._check_layers()
@@ -263,7 +267,9 @@ class GradientAccumulateModel(keras.Model):
         step = self._micro_step(data)
         if step.groups:
             # Not through a loss scaler, whose `apply` takes no weights.
-            self._accumulating_optimizer.apply_contributions(step.groups, self.trainable_weights)
+            optimizer = self._accumulating_optimizer
+            optimizer.lead(self._batch_norms)
+            optimizer.apply_contributions(step.groups, self.trainable_weights)
         weight = step.weight
         if len(step.terms) == 1 and step.terms[0].denominator is not None:
             weight = step.terms[0].denominator
@@ -292,6 +298,7 @@ class GradientAccumulateModel(keras.Model):
             zeros=lambda summands: _zeros(summands, variables),
             add=_add,
         )
+        self._end_cycle_of_batch_norms()
         groups, losses = sum_over_replicas(sums)
         if groups:
             # Under a strategy, what averages was divided by the number of replicas.
@@ -319,7 +326,7 @@ class GradientAccumulateModel(keras.Model):
                 if they are not known before the cycle's end.
         """
         x, y, sample_weight = data
-        with tf.GradientTape(persistent=True) as tape:
+        with tf.GradientTape(persistent=True) as tape, led():
             training = {"training": True} if _compat.call_has_training_argument(self) else {}
             y_pred = self(x, **training)
             recorder = LossRecorder(tape, same_shapes=total is not None)
@@ -358,6 +365,15 @@ class GradientAccumulateModel(keras.Model):
             metric.update_state(value, sample_weight=weight)
         results = self.get_metrics_result()
         return {name: results.get(name, value) for name, value in logs.items()}
+
+    @property
+    def _batch_norms(self):
+        """The AccumBatchNorm layers, whose cycle is the model's."""
+        return [v for v in _compat.all_layers(self) if isinstance(v, AccumBatchNorm) and v.built]
+
+    def _end_cycle_of_batch_norms(self):
+        for layer in self._batch_norms:
+            layer.end_cycle()
 
     def _check_layers(self):
         """Refuses layers that synchronise replicas in the loop over micro-batches."""

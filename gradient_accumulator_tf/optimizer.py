@@ -16,7 +16,7 @@ from gradient_accumulator_tf.accumulator import (
     received_of,
     scale_gradient,
 )
-from gradient_accumulator_tf.conditional import run_if
+from gradient_accumulator_tf.conditional import run_on_replicas_if
 from gradient_accumulator_tf.replicas import check_strategy, number_of_replicas
 
 
@@ -122,6 +122,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._accumulator = None
         self._loss_scaler = None
         self._updates_running = 0
+        self._followers = tuple
         self._state_to_load = None
         self._strategy = tf.distribute.get_strategy()
 
@@ -260,9 +261,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             )
             return
         self._accumulator.add(*contributions)
-        self._update_if(
+        certain = [received_of(c) for c in contributions]
+        run_on_replicas_if(
             lambda: tf.greater_equal(self._accumulator.micro_step, self._accum_steps),
-            certain=[received_of(c) for c in contributions],
+            lambda run: self._update(run, certain),
         )
 
     @tf.autograph.experimental.do_not_convert
@@ -271,7 +273,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if self._accumulator is None:
             return
         with self._in_strategy():
-            self._update_if(lambda: tf.greater(self._accumulator.micro_step, 0), certain=None)
+            run_on_replicas_if(
+                lambda: tf.greater(self._accumulator.micro_step, 0),
+                lambda run: self._update(run, certain=None),
+            )
 
     @tf.autograph.experimental.do_not_convert
     def reset(self):
@@ -279,6 +284,17 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if self._accumulator is not None:
             with self._in_strategy():
                 self._accumulator.reset()
+                for follower in self._followers():
+                    follower.reset()
+
+    def lead(self, followers):
+        """Tells other state of a cycle when it ends.
+
+        Args:
+            followers: List of objects with `end_cycle()`, called on every replica in each update,
+                and `reset()`, called when a partial cycle is dropped.
+        """
+        self._followers = lambda: followers
 
     @property
     def is_updating(self):
@@ -399,41 +415,21 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             return contextlib.nullcontext()
         return self._strategy.scope()
 
-    def _update_if(self, is_due, certain):
-        """Updates and starts a new cycle if `is_due()`, in replica or cross-replica context.
-
-        Args:
-            is_due: Function that returns a scalar bool tensor, the same on all replicas.
-            certain: For each group of gradients, the indices of the variables that got one in
-                this cycle for certain; None if nothing is.
-        """
-
-        def update_if_due(run):
-            run_if(is_due(), lambda: self._update(run, certain))
-
-        # A replica may not synchronise in a conditional; one outside the replicas may run them.
-        def across_replicas(strategy):
-            update_if_due(strategy.extended.call_for_each_replica)
-
-        if tf.distribute.in_cross_replica_context():
-            across_replicas(tf.distribute.get_strategy())
-        elif number_of_replicas() == 1 or _compat.replicas_need_no_merge_call():
-            update_if_due(lambda function: function())
-        else:
-            tf.distribute.get_replica_context().merge_call(across_replicas)
-
     def _update(self, run, certain):
         """Hands the cycle's means to the inner optimizer, None for what got no gradient.
 
         Args:
             run: Function that runs a function on every replica.
-            certain: As in `_update_if`.
+            certain: For each group of gradients, the indices of the variables that got one in
+                this cycle for certain; None if nothing is.
         """
         accumulator, everything = self._accumulator, range(len(self._trainable_variables))
 
         def update(indices, certain):
             self._apply_to_inner(accumulator.mean(indices, certain))
             accumulator.reset()
+            for follower in self._followers():
+                follower.end_cycle()
 
         def update_received():
             received = accumulator.received()
