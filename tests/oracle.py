@@ -6,6 +6,8 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel
 
+KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
+
 # How Keras runs a training step; each test of a wrapper runs in all of them.
 EXECUTIONS = {
     "graph": {},

@@ -10,9 +10,8 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from tests.oracle import dense_model, difference, mirrored, regression_data, state_of
+from tests.oracle import KERAS, dense_model, difference, mirrored, regression_data, state_of
 
-KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 KINDS = ["optimizer", "across_steps", "within_a_step"]
 
 

@@ -1,0 +1,202 @@
+"""Handwritten digits learned on all GPUs of one machine, compared with one device.
+
+    python -m examples.mirrored
+
+Without a GPU it runs on logical CPU devices, which share the machine's cores: that shows the
+arithmetic, not a speed. All ways train on the same effective batches and end with the same
+weights.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import tensorflow as tf
+
+from examples import digits
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+
+WAYS = (
+    "large batch",
+    "GradientAccumulateModel(micro_batch_size=)",
+    "GradientAccumulateModel(accum_steps=)",
+    "GradientAccumulateOptimizer",
+)
+
+
+def find_devices(count):
+    """The names of all GPUs, or of `count` logical CPU devices where there is none."""
+    gpus = tf.config.list_logical_devices("GPU") if tf.config.list_physical_devices("GPU") else []
+    if gpus:
+        return [device.name for device in gpus]
+    try:
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * count,
+        )
+    except RuntimeError:
+        pass  # TensorFlow has started, so it keeps the devices that it has.
+    return [device.name for device in tf.config.list_logical_devices("CPU")][:count]
+
+
+def strategy_on(devices):
+    """Mirrored on several devices; one device alone needs no mirrors."""
+    if len(devices) == 1:
+        return tf.distribute.OneDeviceStrategy(devices[0])
+    # On GPUs TensorFlow chooses how they talk. On CPU devices its choice would let the strategies
+    # that one process makes one after the other share the keys of their messages.
+    on_cpu = "CPU" in devices[0]
+    reduction = tf.distribute.ReductionToOneDevice() if on_cpu else None
+    return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
+
+
+def compile_for(way, batch_size, micro_batch_size, replicas):
+    """The compiled model and the batch size for `fit`: all that the ways differ in."""
+    model, optimizer = digits.build_net(), keras.optimizers.Adam(1e-2)
+    # `fit` hands out its batch evenly, so this is one micro-batch on each replica.
+    micro_batches = micro_batch_size * replicas
+    accum_steps = batch_size // micro_batches
+    if way == "GradientAccumulateModel(micro_batch_size=)":
+        model = GradientAccumulateModel(model=model, micro_batch_size=micro_batch_size)
+    elif way == "GradientAccumulateModel(accum_steps=)":
+        model = GradientAccumulateModel(model=model, accum_steps=accum_steps)
+        batch_size = micro_batches
+    elif way == "GradientAccumulateOptimizer":
+        optimizer = GradientAccumulateOptimizer(optimizer, accum_steps)
+        batch_size = micro_batches
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss=loss, metrics=["accuracy"])
+    return model, batch_size
+
+
+def load_data(args, devices):
+    """(x, y) to train on and (x, y) to validate on, in sizes that all ways can use."""
+    (x, y), (x_val, y_val) = digits.load_data(args.examples)
+    # Whole batches only: the optimizer's cycles go on from epoch to epoch.
+    used = len(x) // args.batch_size * args.batch_size
+    # No last batch that leaves a replica without an image: on the CPU, TensorFlow's convolutions
+    # fail on nothing.
+    validated = len(x_val) // len(devices) * len(devices)
+    return (x[:used], y[:used]), (x_val[:validated], y_val[:validated])
+
+
+def train(way, devices, data, args):
+    """Trains one way on the devices and returns its results."""
+    (x, y), validation = data
+    strategy = strategy_on(devices)
+    replicas = strategy.num_replicas_in_sync
+    with strategy.scope():
+        model, batch_size = compile_for(way, args.batch_size, args.micro_batch_size, replicas)
+    first_weights = model.get_weights()
+    history = model.fit(
+        x,
+        y,
+        batch_size=batch_size,
+        epochs=args.epochs,
+        shuffle=False,
+        validation_data=validation,
+        validation_batch_size=args.micro_batch_size * replicas,
+        verbose=2,
+    ).history
+    weights = model.get_weights()
+    return {
+        "way": way,
+        "replicas": replicas,
+        "effective_batch": args.batch_size,
+        "micro_batch": args.batch_size if way == "large batch" else args.micro_batch_size,
+        "updates": int(model.optimizer.iterations.numpy()),
+        "validation_accuracy": history["val_accuracy"][-1],
+        "weight_movement": digits.largest_difference(weights, first_weights),
+        "weights": weights,
+    }
+
+
+def table(results):
+    """The results as lines of text, one for each way under two of headings."""
+    rows = [
+        ("", "", "effective", "micro-batch", "", "validation", "weight"),
+        ("way", "replicas", "batch", "per replica", "updates", "accuracy", "difference"),
+    ]
+    for result in results:
+        counts = ("replicas", "effective_batch", "micro_batch", "updates")
+        difference = result["weight_difference"]
+        rows.append(
+            (
+                result["way"],
+                *(str(result[name]) for name in counts),
+                f"{result['validation_accuracy']:.4f}",
+                f"{difference:.1e}" if difference else "0",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for way, *values in rows:
+        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join([way.ljust(widths[0]), *cells]))
+    lines.insert(2, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description="Train a net on handwritten digits on several devices and on one."
+    )
+
+    def add_count(name, default, meaning):
+        meaning = f"{meaning} (default: %(default)s)"
+        parser.add_argument(
+            name, metavar="N", type=digits.positive_int, default=default, help=meaning
+        )
+
+    add_count("--devices", 2, "logical CPU devices, where there is no GPU")
+    add_count("--epochs", 3, "passes over the training images")
+    add_count("--batch-size", 256, "images per update, over all devices")
+    add_count("--micro-batch-size", 16, "images per forward and backward pass of one device")
+    add_count("--examples", 1797, "how many of the 1797 images to use")
+    args = parser.parse_args(argv)
+    (x, _), _ = digits.load_data(args.examples)
+    if args.batch_size > len(x):
+        parser.error(
+            f"--batch-size must be at most the number of training images, here {len(x)}. "
+            f"Received: {args.batch_size}. Pass a smaller one, or a larger --examples."
+        )
+    return args, parser
+
+
+def main(argv=None):
+    """Trains all ways, prints the table, and returns a list with a dict for each way."""
+    args, parser = parse(argv)
+    devices = find_devices(args.devices)
+    if "CPU" in devices[0]:
+        print(f"There is no GPU here: running on {len(devices)} logical CPU devices.")
+    together = args.micro_batch_size * len(devices)
+    if args.batch_size % together:
+        nearest = max(1, args.batch_size // together) * together
+        parser.error(
+            "--batch-size must be a multiple of --micro-batch-size times the devices. Received: "
+            f"{args.batch_size}, and {args.micro_batch_size} times {len(devices)}. Pass for "
+            f"example --batch-size {nearest}."
+        )
+    data, results = load_data(args, devices), []
+    for way in WAYS:
+        print(f"\n{way}", flush=True)
+        used = devices[:1] if way == "large batch" else devices
+        results.append(train(way, used, data, args))
+    reference = results[0]
+    for result in results:
+        result["weight_difference"] = digits.largest_difference(
+            result["weights"], reference["weights"]
+        )
+    print(f"\n{table(results)}\n")
+    moved = reference["weight_movement"]
+    print(
+        "Weight difference: the largest from the large batch on one device; weights moved by up "
+        f"to {moved:.2g}."
+    )
+    return results
+
+
+if __name__ == "__main__":
+    main()
