@@ -24,6 +24,28 @@ def _train(model, optimizer, batch_size):
     return model.get_weights()
 
 
+def _train_in_a_function_on_each_replica(strategy):
+    """What XLA on GPUs asks for, and where a merge call cannot be: one function per replica."""
+    x, y, _ = regression_data(96)
+    model, optimizer = dense_model(), GradientAccumulateOptimizer(_optimizer(), 4)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+
+    @tf.function
+    def micro_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2) / 2
+        optimizer.apply(tape.gradient(loss, variables), variables)
+
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat(2)
+    # Given the function itself, a strategy for CPUs would call the replicas inside of it.
+    run = tf.function(lambda *batch: strategy.run(lambda x, y: micro_step(x, y), args=batch))
+    for batch in strategy.experimental_distribute_dataset(data):
+        run(*batch)
+    optimizer.finalize_variable_values(variables)
+    return model.get_weights()
+
+
 def main():
     large = _train(dense_model(), _optimizer(), 32)
     MirroredExtended._use_merge_call = lambda self: False
@@ -37,6 +59,7 @@ def main():
         weights["across_steps"] = _train(model, _optimizer(), 8)
         model = GradientAccumulateModel(model=dense_model(), micro_batch_size=4)
         weights["within_a_step"] = _train(model, _optimizer(), 32)
+        weights["function_on_each_replica"] = _train_in_a_function_on_each_replica(strategy)
     print(json.dumps({kind: difference(w, large) for kind, w in weights.items()}))
 
 
