@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.communication import run_workers
 from tests import multi_worker_job as job
-from tests.oracle import dense_model, difference, regression_data, state_of
+from tests.oracle import KERAS, dense_model, difference, regression_data, state_of
 
 
 def _results_of(number, directory):
@@ -50,6 +50,8 @@ def test_fit_equals_the_large_batch_of_one_device(workers, kind):
     logs = large.evaluate(x, y, **arguments)
     for results, _ in workers:
         assert difference(results[f"{kind}/weights"], large.get_weights()) < 1e-6
+        if KERAS < (3, 10):
+            continue  # its metrics are each replica's own
         # Across steps a micro-batch's loss counts for its weights, as does its gradient.
         if kind != "across_steps":
             np.testing.assert_allclose(results[f"{kind}/loss"], history["loss"], rtol=2e-6)
