@@ -318,3 +318,12 @@ def is_parameter_server(strategy):
         "ParameterServer" in c.__name__ or "CentralStorage" in c.__name__
         for c in type(strategy).__mro__
     )
+
+
+def strategy_of(optimizer):
+    """The strategy in force when a Keras optimizer was made.
+
+    `Optimizer._distribution_strategy` (Keras 3.8 to 3.15): it makes its variables there, whatever
+    is in force later.
+    """
+    return optimizer._distribution_strategy

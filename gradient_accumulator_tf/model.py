@@ -26,6 +26,7 @@ from gradient_accumulator_tf.loss_weights import (
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
 from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer
 from gradient_accumulator_tf.replicas import (
+    check_made_under,
     check_strategy,
     number_of_replicas,
     sum_over_replicas,
@@ -174,8 +175,9 @@ class GradientAccumulateModel(keras.Model):
 
         Raises:
             ValueError: If the optimizer accumulates by itself, unless by the same
-                `accum_steps`, or if, with `micro_batch_size` on several replicas, a layer
-                synchronises them (`BatchNormalization(synchronized=True)`).
+                `accum_steps`, or was made under another strategy; or if, with
+                `micro_batch_size` on several replicas, a layer synchronises them
+                (`BatchNormalization(synchronized=True)`).
         """
         self._check_layers()
         super().compile(self._accumulating(optimizer), *args, **kwargs)
@@ -406,6 +408,7 @@ class GradientAccumulateModel(keras.Model):
         inner = optimizer
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             inner = optimizer.inner_optimizer
+        check_made_under(self.distribute_strategy, inner)
         if isinstance(inner, GradientAccumulateOptimizer):
             if inner.accum_steps == self.accum_steps:
                 return optimizer

@@ -17,7 +17,7 @@ from gradient_accumulator_tf.accumulator import (
     scale_gradient,
 )
 from gradient_accumulator_tf.conditional import run_on_replicas_if
-from gradient_accumulator_tf.replicas import check_strategy, number_of_replicas
+from gradient_accumulator_tf.replicas import check_made_under, check_strategy, number_of_replicas
 
 
 def _owned_by_inner(name):
@@ -176,10 +176,14 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
         Args:
             variables: List of the trainable variables, Keras's or TensorFlow's.
+
+        Raises:
+            ValueError: If the inner optimizer was made under another strategy.
         """
         if self.built:
             return
         variables = list(variables)
+        check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         self._trainable_variables = variables

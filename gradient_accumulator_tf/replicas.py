@@ -48,3 +48,15 @@ def check_strategy():
         )
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         _compat.mend_fit_on_several_workers()
+
+
+def check_made_under(strategy, optimizer):
+    """Raises ValueError unless an optimizer was made under the strategy that it is to train in."""
+    made = _compat.strategy_of(optimizer)
+    if made is not strategy:
+        raise ValueError(
+            "An optimizer must be made in the scope of the strategy that trains with it. Received: "
+            f"{type(optimizer).__name__} made under {type(made).__name__}, to train under "
+            f"{type(strategy).__name__}. Make model and optimizer, and compile, within "
+            "`with strategy.scope():`."
+        )

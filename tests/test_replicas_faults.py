@@ -19,10 +19,10 @@ def mixed_float16():
     keras.config.set_dtype_policy("float32")
 
 
-def _train_on_replicas(kind, strategy, x, y, optimizer, model=dense_model):
+def _train_on_replicas(kind, strategy, x, y, make_optimizer, model=dense_model):
     """A model trained on effective batches of `LARGE`, and its batch size in `fit`."""
     with strategy.scope():
-        net = model()
+        net, optimizer = model(), make_optimizer()
         if kind == "optimizer":
             optimizer, batch = GradientAccumulateOptimizer(optimizer, LARGE // MICRO), MICRO
         elif kind == "across_steps":
@@ -47,10 +47,7 @@ def test_an_overflow_on_any_replica_drops_the_update_and_halves_the_scale_once(k
     large.optimizer.initial_scale = 256.0
     large.fit(x, y, batch_size=LARGE, shuffle=False, verbose=0)
 
-    strategy = mirrored()
-    with strategy.scope():
-        optimizer = keras.optimizers.SGD(0.05)
-    model = _train_on_replicas(kind, strategy, x, y, optimizer)
+    model = _train_on_replicas(kind, mirrored(), x, y, lambda: keras.optimizers.SGD(0.05))
     assert updates_of(model.optimizer) == updates_of(large.optimizer)
     assert float(model.optimizer.dynamic_scale.numpy()) == float(large.optimizer.dynamic_scale)
     assert int(model.optimizer.step_counter.numpy()) == int(large.optimizer.step_counter)
@@ -62,7 +59,7 @@ def test_an_overflow_on_any_replica_drops_the_update_and_halves_the_scale_once(k
 def test_a_nan_on_one_replica_reaches_all_or_none(kind):
     x, y, _ = regression_data(LARGE)
     y[7] = np.nan
-    model = _train_on_replicas(kind, mirrored(), x, y, keras.optimizers.SGD(0.1))
+    model = _train_on_replicas(kind, mirrored(), x, y, lambda: keras.optimizers.SGD(0.1))
     for variable in model.trainable_variables:
         for value in variable.value.values:
             assert np.all(np.isnan(value.numpy()))
@@ -104,7 +101,7 @@ def test_synchronised_batch_normalisation_sees_the_micro_batch_of_all_replicas(k
             strategy,
             x,
             y,
-            keras.optimizers.SGD(0.1),
+            lambda: keras.optimizers.SGD(0.1),
             lambda synchronized=synchronized: _normalised_model(synchronized),
         ).get_weights()
         for strategy, synchronized in (
@@ -176,6 +173,16 @@ def test_parameter_servers_are_told_from_other_strategies():
         assert _compat.is_parameter_server(object.__new__(cls))
     assert not _compat.is_parameter_server(mirrored())
     assert not _compat.is_parameter_server(tf.distribute.get_strategy())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_made_outside_the_scope_is_refused(kind):
+    optimizer = keras.optimizers.Adam()
+    x, y, _ = regression_data(LARGE)
+    with pytest.raises(ValueError) as error:
+        _train_on_replicas(kind, mirrored(), x, y, lambda: optimizer)
+    assert "Adam made under _DefaultDistributionStrategy" in str(error.value)
+    assert "to train under MirroredStrategy" in str(error.value)
 
 
 @pytest.mark.parametrize("replicas", [1, 4])
