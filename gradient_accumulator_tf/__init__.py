@@ -5,6 +5,7 @@ from gradient_accumulator_tf._compat import check_installation as _check_install
 _check_installation()
 
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm  # noqa: E402
+from gradient_accumulator_tf.layer_swap import swap_batch_norm  # noqa: E402
 from gradient_accumulator_tf.model import GradientAccumulateModel  # noqa: E402
 from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer  # noqa: E402
 
@@ -14,4 +15,5 @@ __all__ = [
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "__version__",
+    "swap_batch_norm",
 ]

@@ -327,3 +327,87 @@ def strategy_of(optimizer):
     is in force later.
     """
     return optimizer._distribution_strategy
+
+
+def is_functional(model):
+    """Whether a model is a graph of layers that `clone_model` can rebuild.
+
+    `keras.src.models.functional.Functional` (Keras 3.8 to 3.15), which has no public name. A
+    Sequential is one as well.
+    """
+    import keras
+    from keras.src.models.functional import Functional
+
+    return isinstance(model, (Functional, keras.Sequential))
+
+
+def sublayers(layer):
+    """The layers directly in a layer (`Layer._flatten_layers`, Keras 3.8 to 3.15)."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def held_layers(layer):
+    """The layers that `replace_layers` reaches: attributes, and lists, tuples and dicts there.
+
+    Without those in which Keras and TensorFlow list what was ever assigned: `Layer._layers` (Keras
+    3.8 to 3.15) and names that begin with `_self_` (TensorFlow 2.16 to 2.21).
+    """
+    return [held for value in _attributes(layer).values() for held in _layers_in(value)]
+
+
+def _attributes(layer):
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if name != "_layers" and not name.startswith("_self_")
+    }
+
+
+def _layers_in(value):
+    import keras
+
+    if isinstance(value, keras.Layer):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _layers_in(item)
+
+
+def replace_layers(layer, replacements):
+    """Puts other layers in place of some that `layer` holds, at the same place in its `layers`.
+
+    `Layer._tracker` (Keras 3.8 to 3.15): a layer that is built takes no new layers, and assigning
+    another one to an attribute leaves the first among the layers that are trained and saved.
+
+    Args:
+        layer: A layer or subclassed model, built or not.
+        replacements: Dict of the new layers by the old ones.
+    """
+    tracker = layer._tracker
+    for old in sublayers(layer):
+        if old in replacements:
+            tracker.replace_tracked_value("layers", old, replacements[old])
+    for name, value in _attributes(layer).items():
+        replaced = _with_replaced(value, replacements)
+        if replaced is not value:
+            setattr(layer, name, replaced)
+
+
+def _with_replaced(value, replacements):
+    import keras
+
+    if isinstance(value, keras.Layer):
+        return replacements.get(value, value)
+    if isinstance(value, (list, dict)):
+        # In place, since other attributes may hold the same list.
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            replaced = _with_replaced(item, replacements)
+            if replaced is not item:
+                value[key] = replaced
+    elif isinstance(value, tuple):
+        items = [_with_replaced(item, replacements) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            # Of the tuple's own class: what TensorFlow puts in its place has another `type`.
+            kind = value.__class__
+            return kind(*items) if hasattr(value, "_fields") else kind(items)
+    return value

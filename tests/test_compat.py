@@ -4,6 +4,7 @@ import inspect
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateOptimizer, _compat
@@ -111,3 +112,43 @@ def test_other_loss_scale_optimizers_are_left_alone():
     scaler = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=4.0)
     scaler.apply([tf.constant(4.0)], [variable])
     assert float(variable) == 0.5
+
+
+def test_a_built_layer_takes_no_other_layer_by_assignment():
+    # When it does, and forgets the old one, `replace_layers` can be an assignment.
+    class Holder(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = keras.layers.Dense(2)
+
+        def build(self, shape):
+            self.inner.build(shape)
+
+    layer, new = Holder(), keras.layers.Dense(2)
+    layer.build((None, 3))
+    old = layer.inner
+    with pytest.raises(ValueError):
+        layer.inner = new
+    _compat.replace_layers(layer, {old: new})
+    assert layer.inner is new
+    assert _compat.sublayers(layer) == _compat.held_layers(layer) == [new]
+
+
+def test_functional_models_have_no_public_name():
+    inputs = keras.Input((2,))
+    functional = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    assert _compat.is_functional(functional) and _compat.is_functional(keras.Sequential())
+    assert not _compat.is_functional(keras.layers.Dense(1))
+    assert not hasattr(keras, "Functional")  # public one day?
+
+
+def test_the_strategy_of_an_optimizer_has_no_public_name():
+    assert _compat.strategy_of(keras.optimizers.SGD()) is tf.distribute.get_strategy()
+    assert not hasattr(keras.optimizers.SGD(), "distribute_strategy")  # public one day?
+
+
+def test_all_layers_are_found_however_deep():
+    inner = keras.layers.Dense(1)
+    model = keras.Sequential([keras.Sequential([inner])])
+    assert inner in _compat.all_layers(model) and inner not in model.layers
+    assert "flatten_layers" not in _public(dir(keras.Model))  # public one day?

@@ -1,0 +1,412 @@
+"""swap_batch_norm: another normalisation in place of a model's batch normalisation."""
+
+import inspect
+import itertools
+import warnings
+
+import keras
+
+from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf._checks import check_positive_int
+from gradient_accumulator_tf.batch_norm import AccumBatchNorm
+
+_TARGETS = ("accum", "group", "layer", "instance", "frozen", "batch")
+_STATE = ("gamma", "beta", "moving_mean", "moving_variance")
+
+
+def swap_batch_norm(model, to="accum", accum_steps=None):
+    """Puts another normalisation in place of each `BatchNormalization` in a model.
+
+    ```python
+    model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3))
+    model = swap_batch_norm(model, accum_steps=8)
+    ```
+
+    | `to` | in its place |
+    |---|---|
+    | "accum" | `AccumBatchNorm` |
+    | "batch" | `BatchNormalization`, for each `AccumBatchNorm`: the way back |
+    | "frozen" | `BatchNormalization(trainable=False)`: moving statistics in training as well |
+    | "group" | `GroupNormalization`, with the largest number of groups up to 32 |
+    | "layer" | `GroupNormalization(groups=1)`: over all of an example |
+    | "instance" | `GroupNormalization(groups=-1)`: over each channel of an example |
+
+    The first three predict the same as before, bit for bit.
+
+    The last three look at one example at a time, so a micro-batch trains as the large batch does.
+    They keep gamma and beta (with their regularisers, constraints, and whether they are there at
+    all), epsilon, axis, dtype and trainable, and lose the moving statistics: an example is
+    normalised by its own mean and variance, in prediction as in training, over all positions,
+    masked ones too. The trained weights around them do not expect that, so train on, or from the
+    start. Where a group has a single value (instances of 1 x 1 pixels) the result is beta;
+    up to 32 channels, "group" is "instance". "layer" is the layer norm of convolutional nets (Wu
+    and He 2018): as batch norm does, it keeps the differences between positions, which
+    `keras.layers.LayerNormalization`, over the channels of each position, takes away. For a
+    sequence model, where a position must not see the others, pass a function that returns that.
+
+    "frozen" lasts until `trainable` is set on the layer or on what it is in. "batch" leaves it.
+
+    `to` may be a function of a `BatchNormalization` that returns the layer to put there, one of
+    the names above, or None to leave it:
+
+    ```python
+    model = swap_batch_norm(model, to=lambda layer: None if layer.name == "bn_Conv1" else "group")
+    ```
+
+    An unbuilt layer that it returns gets the old one's gamma, beta and moving statistics, as far
+    as it has them; one that is built keeps its own. Pass `name=layer.name` to keep the name.
+
+    What comes back:
+
+    - For a functional or Sequential model, a new model of the same class with the same layer
+      names, outputs and weights, made by `keras.models.clone_model`. The model given stays as it
+      is. Models in it are treated alike, what is shared stays shared, and other layers are copied
+      through their `get_config`.
+    - For a subclassed model, that model: only its class knows how to construct it, so layers are
+      replaced in place, in its attributes and in lists, tuples and dicts there, and in its
+      sublayers. The order of layers and weights stays. Functional models in it are replaced.
+      The class still constructs batch norm, so `load_model` would too: use `save_weights`, and to
+      load, construct the model and swap again. The same is so for such layers in other models.
+
+    Neither is compiled: an optimizer knows the old variables.
+
+    Args:
+        model: A `keras.Model`.
+        to: One of the names above, or a function.
+        accum_steps: Integer >= 1, for "accum" only: see `AccumBatchNorm`. Needed without a
+            `GradientAccumulateModel`. Defaults to 1.
+
+    Returns:
+        The model. If it has no batch norm, the one given, with a warning. Layers that look like
+        batch norm and are not known (subclasses, `renorm=True`, other packages' layers) are left
+        and listed in a warning.
+
+    Raises:
+        TypeError: If `model` is not a Keras 3 model, `accum_steps` not an integer, or a function
+            returns something else.
+        ValueError: If `to` is none of these, if `accum_steps` is smaller than 1 or not for
+            "accum", if "group" or "instance" meets a layer that is not built, or one on vectors
+            (after Dense), where a group has one value or few; if a layer cannot be reached
+            in a subclassed model's attributes, or a functional model's class has a constructor of
+            its own.
+
+    References:
+        - Wu and He 2018, Group Normalization, https://arxiv.org/abs/1803.08494
+        - Ulyanov et al. 2016, Instance Normalization, https://arxiv.org/abs/1607.08022
+    """
+    if not isinstance(model, keras.Model):
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise TypeError(
+            f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Pass the "
+            "model that contains the layer."
+        )
+    _check_target(to)
+    if accum_steps is not None:
+        accum_steps = check_positive_int("accum_steps", accum_steps, "training calls per update")
+        if to != "accum":
+            raise ValueError(
+                '`accum_steps` belongs to to="accum". Received: '
+                f"to={to!r}, accum_steps={accum_steps}. Leave it out."
+            )
+    swap = _Swap(model, to, accum_steps or 1)
+    if not swap.stand_ins:
+        return model
+    if _compat.is_functional(model):
+        return swap.rebuilt(model)
+    swap.change(model)
+    model.compiled = False
+    # Functions that were traced with the old layers.
+    model.train_function = model.test_function = model.predict_function = None
+    return model
+
+
+class _Swap:
+    """What replaces each batch norm in a model, made before the model is touched.
+
+    Attributes:
+        stand_ins: Dict of new layers by old ones: replacements, and copies once they are made.
+    """
+
+    def __init__(self, model, to, accum_steps):
+        self.stand_ins = {}
+        known = AccumBatchNorm if to == "batch" else keras.layers.BatchNormalization
+        found, unknown, unreachable = set(), {}, {}
+        for layer, path, reachable in _walk(model, model.name):
+            if not _is_like_batch_norm(layer):
+                continue
+            if not _is_known(layer):
+                unknown[layer] = f"{path} ({type(layer).__name__})"
+            elif isinstance(layer, known):
+                if layer not in found:
+                    found.add(layer)
+                    new = _replacement(layer, path, to, accum_steps)
+                    if new is not layer:
+                        self.stand_ins[layer] = new
+                if layer in self.stand_ins and not reachable:
+                    unreachable[layer] = path
+        if unreachable:
+            raise ValueError(
+                "A subclassed model or layer must hold its batch norm in attributes, or in lists, "
+                "tuples or dicts there, to have it replaced. Received, held elsewhere: "
+                f"{', '.join(unreachable.values())}. Assign it to an attribute (and assign none "
+                "that is then replaced), or construct the model with the other layer."
+            )
+        # The replacements' own, which a model's flag must not change.
+        self._trainable = {new: new.trainable for new in self.stand_ins.values()}
+        if unknown:
+            warnings.warn(
+                "These layers look like batch norm, but are not known, and are left as they are: "
+                f"{', '.join(unknown.values())}. Construct the model with other layers there if "
+                "micro-batches must not normalise by themselves.",
+                UserWarning,
+                stacklevel=3,
+            )
+        elif not found:
+            warnings.warn(
+                f"The model {model.name!r} has no {known.__name__} that is known; it is returned "
+                "as it is.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def rebuilt(self, model):
+        """A functional or Sequential model like `model`, with the replacements in it."""
+        if model in self.stand_ins:
+            return self.stand_ins[model]
+        pairs = []
+        clone = self._clone(model, pairs)
+        for old, new in _matched(pairs):
+            _carry_state(old, new)
+        # Parents first: a model's flag is set on all that is in it.
+        for old, new in _matched(reversed(pairs)):
+            _set_trainable(new, old.trainable)
+        for new, trainable in self._trainable.items():
+            _set_trainable(new, trainable)
+        for old, new in _matched(pairs):
+            if self.stand_ins.get(old, new) is not new:
+                self.stand_ins[new] = self.stand_ins[old]
+        for _, new in pairs:
+            if not _compat.is_functional(new):
+                self.change(new)
+        return clone
+
+    def change(self, layer):
+        """Puts the replacements into a subclassed model or a layer, in place, however deep."""
+        holders = _holders(layer, [])
+        held = [_compat.held_layers(holder) for holder in holders]
+        for inner in itertools.chain(*held):
+            # Each, since what they share with each other must stay shared.
+            if _compat.is_functional(inner):
+                self.rebuilt(inner)
+        for holder, layers in zip(holders, held, strict=True):
+            new = {old: self.stand_ins[old] for old in layers if old in self.stand_ins}
+            _compat.replace_layers(holder, new)
+
+    def _clone(self, model, pairs):
+        def stand_in(layer):
+            if not isinstance(layer, keras.Layer):
+                return layer  # an operation, which has no state
+            if layer not in self.stand_ins:
+                if _compat.is_functional(layer):
+                    return self._clone(layer, pairs)
+                self.stand_ins[layer] = _copy(layer)
+                pairs.append((layer, self.stand_ins[layer]))
+            return self.stand_ins[layer]
+
+        # `clone_model` of newer Keras compiles the clone as well, and an older one does not.
+        compiled, model.compiled = model.compiled, False
+        try:
+            if isinstance(model, keras.Sequential):
+                clone = keras.models.clone_model(model, clone_function=stand_in)
+            else:
+                clone = keras.models.clone_model(
+                    model,
+                    input_tensors=_new_inputs(model),
+                    clone_function=stand_in,
+                    call_function=_call,
+                )
+        finally:
+            model.compiled = compiled
+        if type(clone) is not type(model):
+            raise ValueError(
+                "A functional model's class must take the constructor arguments of `keras.Model`, "
+                f"and a Sequential's be `keras.Sequential`. Received: {type(model).__name__} "
+                f"(the model {model.name!r}). Call swap_batch_norm in its constructor, on a plain "
+                "model, or pass keras.Model(model.inputs, model.outputs)."
+            )
+        self.stand_ins[model] = clone
+        pairs.append((model, clone))
+        return clone
+
+
+def _check_target(to):
+    if not callable(to) and to not in _TARGETS:
+        known = " or ".join(f'"{target}"' for target in _TARGETS)
+        raise ValueError(
+            f"`to` must be {known}, or a function of a BatchNormalization. Received: to={to!r}."
+        )
+
+
+def _walk(layer, path, reachable=True, above=()):
+    """Every layer with its path, and whether what holds it can be given another one.
+
+    A shared layer comes once for each of its paths. What is in a batch norm does not come.
+    """
+    yield layer, path, reachable
+    if _is_like_batch_norm(layer):
+        return
+    held = None if _compat.is_functional(layer) else _compat.held_layers(layer)
+    for inner in _compat.sublayers(layer):
+        if inner not in above:
+            can_replace = reachable and (held is None or inner in held)
+            yield from _walk(inner, f"{path}/{inner.name}", can_replace, (*above, layer))
+
+
+def _is_like_batch_norm(layer):
+    return (
+        isinstance(layer, keras.layers.BatchNormalization)
+        or (hasattr(layer, "moving_mean") and hasattr(layer, "moving_variance"))
+        or ("BatchNorm" in type(layer).__name__ and not _compat.sublayers(layer))
+    )
+
+
+def _is_known(layer):
+    # A subclass may do anything, and renormalisation has statistics of its own.
+    known = type(layer) in (keras.layers.BatchNormalization, AccumBatchNorm)
+    return known and not getattr(layer, "renorm", False)
+
+
+def _replacement(layer, path, to, accum_steps):
+    """The layer to put in place of a batch norm, with its state; or the same layer."""
+    new = to
+    if callable(to):
+        new = to(layer)
+        if new is None:
+            return layer
+        if isinstance(new, str):
+            _check_target(new)
+        elif not isinstance(new, keras.Layer):
+            raise TypeError(
+                "`to` must return a Keras layer, the name of a normalisation, or None to leave "
+                f"the layer. Received: {new!r} (of type {type(new).__name__}) for {path}."
+            )
+    if isinstance(new, str):
+        new = _named(new, layer, path, accum_steps)
+    if new is not layer and layer.built and not new.built:
+        new.build_from_config(layer.get_build_config())
+        for name in _STATE:
+            value, variable = getattr(layer, name, None), getattr(new, name, None)
+            if value is not None and variable is not None and variable.shape == value.shape:
+                variable.assign(value)
+    return new
+
+
+def _named(to, layer, path, accum_steps):
+    config = layer.get_config()
+    config.pop("accum_steps", None)
+    if to == "accum":
+        return AccumBatchNorm.from_config({**config, "accum_steps": accum_steps})
+    if to == "frozen":
+        return keras.layers.BatchNormalization.from_config({**config, "trainable": False})
+    if to == "batch":
+        if type(layer) is keras.layers.BatchNormalization:
+            return layer
+        return keras.layers.BatchNormalization.from_config(config)
+    if to == "layer":
+        groups = 1
+    else:
+        _check_positions(to, layer, path)
+        groups = -1 if to == "instance" else _groups(layer.moving_mean.shape[0])
+    group_config = keras.layers.GroupNormalization(groups).get_config()
+    shared = {key: value for key, value in config.items() if key in group_config}
+    return keras.layers.GroupNormalization.from_config({**shared, "groups": groups})
+
+
+def _groups(channels):
+    return max(groups for groups in range(1, 33) if channels % groups == 0)
+
+
+def _check_positions(to, layer, path):
+    """Raises ValueError unless a group of channels is known to have several values."""
+    if not layer.built:
+        raise ValueError(
+            f'to="{to}" needs the number of channels and dimensions, so the layer must be built. '
+            f"Received: {path}, not built. Call the model on a batch first."
+        )
+    if layer.input_spec.ndim == 2:
+        raise ValueError(
+            f'to="{to}" normalises over positions (pixels, time steps), which vectors do not '
+            f"have. Received: {path}, on vectors of {layer.moving_mean.shape[0]}. For this layer "
+            f'take "layer": to=lambda layer: "layer" if layer.name == {layer.name!r} else "{to}".'
+        )
+
+
+def _new_inputs(model):
+    """Inputs like a functional model's, which `clone_model` would make without their names."""
+    new = {id(x.output): _copy(x) for x in model.layers if isinstance(x, keras.layers.InputLayer)}
+    return keras.tree.map_structure(lambda tensor: new[id(tensor)].output, model.input)
+
+
+def _call(layer, *args, **kwargs):
+    """Calls a layer as the one that it replaces, whose call in the graph has a mask, or None."""
+    if "mask" in kwargs and "mask" not in inspect.signature(layer.call).parameters:
+        del kwargs["mask"]
+    return layer(*args, **kwargs)
+
+
+def _copy(layer):
+    """A layer like `layer`, with other weights."""
+    config = layer.get_config()
+    if isinstance(layer, keras.layers.Lambda):
+        # Its config holds the function's byte code, which newer Keras does not load, without
+        # what the function refers to.
+        config["function"] = layer.function
+        if callable(layer.mask):
+            config["mask"] = layer.mask
+        if isinstance(config.get("output_shape"), dict):
+            config["output_shape"] = layer.compute_output_shape
+        return type(layer)(**config)
+    return type(layer).from_config(config)
+
+
+def _holders(layer, seen):
+    """`layer` and what it holds and can be changed in place: no graphs, no batch norm."""
+    if not (layer in seen or _compat.is_functional(layer) or _is_like_batch_norm(layer)):
+        seen.append(layer)
+        for held in _compat.held_layers(layer):
+            _holders(held, seen)
+    return seen
+
+
+def _matched(pairs):
+    """The pairs of a layer and its copy, and after each those of what is in it.
+
+    What is in a functional model has been copied, and paired, by itself.
+    """
+    for old, new in pairs:
+        if _compat.is_functional(old):
+            yield old, new
+            continue
+        old_layers, new_layers = _compat.all_layers(old), _compat.all_layers(new)
+        if len(old_layers) != len(new_layers):
+            raise ValueError(
+                "A layer with layers in it is copied through `get_config` and `from_config`, which "
+                f"must give it the same layers. Received: {old.name!r} ({type(old).__name__}) "
+                f"with {len(old_layers) - 1}, and its copy with {len(new_layers) - 1}. Create them "
+                "in the constructor or in `build`, from what `get_config` returns."
+            )
+        yield from zip(old_layers, new_layers, strict=True)
+
+
+def _carry_state(old, new):
+    store = {}
+    old.save_own_variables(store)
+    if store:
+        if not new.built:
+            new.build_from_config(old.get_build_config())
+        new.load_own_variables(store)
+
+
+def _set_trainable(layer, trainable):
+    if layer.trainable != trainable:
+        layer.trainable = trainable
