@@ -212,6 +212,37 @@ def test_the_models_train_step_in_a_custom_loop(kind, eager):
     assert difference(model.get_weights(), large.get_weights()) < 1e-6
 
 
+class OwnTrainStep(GradientAccumulateModel):
+    """A user's `train_step` in a model that accumulates across steps."""
+
+    def __init__(self):
+        super().__init__(accum_steps=4)
+        self.net = dense_model()
+
+    def call(self, x):
+        return self.net(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def test_a_users_train_step_in_the_model_wrapper(strategy):
+    x, y, _ = regression_data(80)  # the second cycle of an epoch is half a one
+    large, _ = _plain(OPTIMIZERS["global_clipnorm"], "mse", {"x": x[:64], "y": y[:64]}, epochs=1)
+    large.fit(x[64:], y[64:], batch_size=16, shuffle=False, verbose=0)
+    with strategy.scope():
+        model = OwnTrainStep()
+        model.compile(OPTIMIZERS["global_clipnorm"](), "mse")
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    assert int(model.optimizer.iterations.numpy()) == 3
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+
+
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_one_micro_batch_per_update_clips_after_the_sum_and_weighs_uneven_replicas(kind):
     x, y, _ = regression_data(39)  # the last batch has 7 examples: 4 and 3
