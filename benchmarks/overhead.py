@@ -318,7 +318,7 @@ def plot(results, path):
                 np.arange(len(cells)) + (i - (len(rivals) - 1) / 2) * width,
                 middle,
                 width,
-                yerr=[middle - low, high - middle],
+                yerr=[(middle - low).tolist(), (high - middle).tolist()],
                 label=rival,
             )
         panel.axhline(1, color="black", linewidth=0.8)
