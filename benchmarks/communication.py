@@ -210,11 +210,12 @@ def free_addresses(count):
         return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
 
 
-def run_workers(command, count, timeout=TIMEOUT):
-    """Runs a command in each worker of a cluster; no process outlives the call.
+@contextlib.contextmanager
+def started_workers(command, count):
+    """A command in each worker of a cluster; no process outlives the context.
 
-    Raises:
-        RuntimeError: If a worker fails, or all are not done in time; with their output.
+    Yields:
+        List of the processes, and list of the files that hold their output.
     """
     addresses = free_addresses(count)
     with contextlib.ExitStack() as stack:
@@ -237,6 +238,16 @@ def run_workers(command, count, timeout=TIMEOUT):
             # Called in reverse: kill, which leaves one that has ended alone, and wait.
             stack.callback(processes[-1].wait)
             stack.callback(processes[-1].kill)
+        yield processes, outputs
+
+
+def run_workers(command, count, timeout=TIMEOUT):
+    """Runs a command in each worker of a cluster; no process outlives the call.
+
+    Raises:
+        RuntimeError: If a worker fails, or all are not done in time; with their output.
+    """
+    with started_workers(command, count) as (processes, outputs):
         deadline = time.monotonic() + timeout
         while (codes := [process.poll() for process in processes]) != [0] * count:
             if any(codes) or time.monotonic() > deadline:

@@ -6,6 +6,7 @@ TF_CONFIG=... python -m tests.multi_worker_job DIRECTORY
 import json
 import os
 import pathlib
+import signal
 import sys
 
 import keras
@@ -142,6 +143,32 @@ def _run(strategy, model, x, y, micro_batches):
         run(*batch)
 
 
+def is_killed(strategy, path, index):
+    """Saves in mid-cycle; in the middle of a later cycle worker 1 is killed, and 0 goes on."""
+    x, y, _ = regression_data(4 * LARGE)
+    model = _checkpointed(seed=1)
+    _run(strategy, model, x, y, range(6))
+    _checkpoint(model).save(path)
+    _run(strategy, model, x, y, range(6, 10))
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _run(strategy, model, x, y, range(10, 16))
+
+
+def is_restarted(strategy, path, index):
+    """From what the killed job saved to the end; and the same job undisturbed."""
+    del index
+    x, y, _ = regression_data(4 * LARGE)
+    restarted, undisturbed = _checkpointed(seed=5), _checkpointed(seed=1)
+    _checkpoint(restarted).restore(path).assert_consumed()
+    _run(strategy, restarted, x, y, range(6, 16))
+    _run(strategy, undisturbed, x, y, range(16))
+    return {
+        "restarted": {"weights": restarted.get_weights()},
+        "undisturbed": {"weights": undisturbed.get_weights()},
+    }
+
+
 def keras_alone(strategy):
     """What Keras's `fit` raises in each of the two places that are mended."""
     from keras.src.backend.tensorflow import trainer
@@ -164,21 +191,32 @@ def keras_alone(strategy):
     return errors
 
 
+def trains_in_every_way(strategy, path, index):
+    del index
+    results = {kind: fit(kind) for kind in KINDS}
+    results["custom_loop"] = custom_loop(strategy)
+    results |= {f"mixed_{kind}": mixed_precision(kind) for kind in KINDS}
+    results["saved"] = train_and_save(strategy, path)
+    # All have saved once all have passed here.
+    strategy.reduce("SUM", strategy.run(lambda: tf.constant(1.0)), axis=None).numpy()
+    results["resumed"] = resume(strategy, f"{path.parent}/checkpoint-1")
+    return results
+
+
 def main():
     directory = pathlib.Path(sys.argv[1])
+    what = sys.argv[2] if len(sys.argv) > 2 else "trains_in_every_way"
     index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     # Only the chief's file stays; the others take part, as sums over replicas are collective.
     path = directory / ("checkpoint" if index == 0 else f"checkpoint_of_{index}")
+    if what == "is_restarted":
+        path = str(directory / "checkpoint-1")
     with strategy.scope():
-        errors = keras_alone(strategy)
-        results = {kind: fit(kind) for kind in KINDS}
-        results["custom_loop"] = custom_loop(strategy)
-        results |= {f"mixed_{kind}": mixed_precision(kind) for kind in KINDS}
-        results["saved"] = train_and_save(strategy, path)
-        # All have saved once all have passed here.
-        strategy.reduce("SUM", strategy.run(lambda: tf.constant(1.0)), axis=None).numpy()
-        results["resumed"] = resume(strategy, str(directory / "checkpoint-1"))
+        if what == "trains_in_every_way":
+            errors = keras_alone(strategy)
+            (directory / f"worker_{index}.json").write_text(json.dumps(errors))
+        results = globals()[what](strategy, path, index)
     arrays = {
         f"{name}/{part}/{i}": array
         for name, parts in results.items()
@@ -186,7 +224,6 @@ def main():
         for i, array in enumerate(values)
     }
     np.savez(directory / f"worker_{index}.npz", **arrays)
-    (directory / f"worker_{index}.json").write_text(json.dumps(errors))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,41 @@
 """Workers in processes of their own, on the loopback: the large batch of one device."""
 
 import json
+import signal
 import sys
 
 import keras
 import numpy as np
 import pytest
 
-from benchmarks.communication import run_workers
+from benchmarks.communication import run_workers, started_workers
 from tests import multi_worker_job as job
 from tests.oracle import KERAS, dense_model, difference, regression_data, state_of
 
 
+def _command(directory, *what):
+    return [sys.executable, "-m", "tests.multi_worker_job", str(directory), *what]
+
+
+def _arrays_of(directory, index):
+    """Dict of lists of the arrays that a worker saved."""
+    parts = {}
+    with np.load(directory / f"worker_{index}.npz") as arrays:
+        for name in arrays.files:
+            parts.setdefault(name.rsplit("/", 1)[0], []).append(arrays[name])
+    return parts
+
+
 def _results_of(number, directory):
     """Runs the job on `number` workers; a dict of lists of arrays, and the errors, for each."""
-    run_workers([sys.executable, "-m", "tests.multi_worker_job", str(directory)], number, 300)
-    results = []
-    for index in range(number):
-        parts = {}
-        with np.load(directory / f"worker_{index}.npz") as arrays:
-            for name in arrays.files:
-                parts.setdefault(name.rsplit("/", 1)[0], []).append(arrays[name])
-        errors = json.loads((directory / f"worker_{index}.json").read_text())
-        results.append((parts, errors))
-    return results
+    run_workers(_command(directory), number, 300)
+    return [
+        (
+            _arrays_of(directory, index),
+            json.loads((directory / f"worker_{index}.json").read_text()),
+        )
+        for index in range(number)
+    ]
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["two_workers", "three_workers"])
@@ -94,3 +106,25 @@ def test_all_workers_resume_in_mid_cycle_from_what_the_chief_saved(workers):
         assert difference(results["saved/weights"], large.get_weights()) > 1e-3
         assert difference(results["resumed/weights"], large.get_weights()) < 1e-6
         assert difference(results["resumed/state"], state_of(large.optimizer.variables)) < 1e-6
+
+
+def test_a_killed_worker_fails_the_others_and_a_restart_ends_as_if_undisturbed(tmp_path):
+    with started_workers(_command(tmp_path, "is_killed"), 2) as (processes, outputs):
+        assert processes[1].wait(timeout=120) == -signal.SIGKILL
+        # TensorFlow misses the heartbeats of the killed one, and gives up.
+        assert processes[0].wait(timeout=120) > 0
+        outputs[0].seek(0)
+        assert "UnavailableError" in outputs[0].read()
+    assert not (tmp_path / "worker_0.npz").exists()
+
+    run_workers(_command(tmp_path, "is_restarted"), 2, 120)
+    x, y, _ = regression_data(4 * job.LARGE)
+    large = dense_model()
+    large.compile(keras.optimizers.Adam(0.02), "mse")
+    large.fit(x, y, batch_size=job.LARGE, shuffle=False, verbose=0)
+    for index in range(2):
+        results = _arrays_of(tmp_path, index)
+        weights = results["restarted/weights"]
+        # A cycle's sum is restored in equal shares, so it is rounded in another order.
+        assert difference(weights, results["undisturbed/weights"]) < 1e-7
+        assert difference(weights, large.get_weights()) < 1e-6
