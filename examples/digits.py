@@ -138,6 +138,17 @@ def megabytes(memory):
     return "unknown" if math.isnan(memory) else f"{memory / 1e6:.0f} MB"
 
 
+def aligned(rows):
+    """Rows of text as lines in columns, the first two above a rule."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for way, *values in rows:
+        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join([way.ljust(widths[0]), *cells]))
+    lines.insert(2, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
 def table(results):
     """The results as lines of text, one for each way under two of headings."""
     rows = [
@@ -156,13 +167,7 @@ def table(results):
                 megabytes(result["memory"]),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for way, *values in rows:
-        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        lines.append("  ".join([way.ljust(widths[0]), *cells]))
-    lines.insert(2, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def draw(results, figure):
@@ -203,19 +208,32 @@ def positive_int(text):
     return int(text)
 
 
+def add_count(parser, name, default, meaning):
+    """Gives the parser an option for a whole number of 1 or more."""
+    meaning = f"{meaning} (default: %(default)s)"
+    parser.add_argument(name, metavar="N", type=positive_int, default=default, help=meaning)
+
+
+def check_batch_size(parser, args):
+    """Ends with the parser's error if there are too few images for one effective batch."""
+    (x, _), _ = load_data(args.examples)
+    if args.batch_size > len(x):
+        parser.error(
+            f"--batch-size must be at most the number of training images, here {len(x)}. "
+            f"Received: {args.batch_size}. Pass a smaller one, or a larger --examples."
+        )
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(
         description="Train a net on handwritten digits three ways and compare the results."
     )
-
-    def add_count(name, default, meaning):
-        meaning = f"{meaning} (default: %(default)s)"
-        parser.add_argument(name, metavar="N", type=positive_int, default=default, help=meaning)
-
-    add_count("--epochs", 12, "passes over the training images")
-    add_count("--batch-size", 512, "images per update")
-    add_count("--micro-batch-size", 32, "images per forward and backward pass of the wrappers")
-    add_count("--examples", 1797, "how many of the 1797 images to use")
+    add_count(parser, "--epochs", 12, "passes over the training images")
+    add_count(parser, "--batch-size", 512, "images per update")
+    add_count(
+        parser, "--micro-batch-size", 32, "images per forward and backward pass of the wrappers"
+    )
+    add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
     parser.add_argument("--plot", metavar="FILE.png", help="draw losses and memory into this file")
     args = parser.parse_args(argv)
     if args.batch_size % args.micro_batch_size:
@@ -225,12 +243,7 @@ def parse(argv):
             f"{args.batch_size} and {args.micro_batch_size}. Pass for example "
             f"--batch-size {nearest}."
         )
-    (x, _), _ = load_data(args.examples)
-    if args.batch_size > len(x):
-        parser.error(
-            f"--batch-size must be at most the number of training images, here {len(x)}. "
-            f"Received: {args.batch_size}. Pass a smaller one, or a larger --examples."
-        )
+    check_batch_size(parser, args)
     if args.plot and not Path(args.plot).absolute().parent.is_dir():
         parser.error(f"--plot must name a file in an existing folder. Received: {args.plot}")
     return args

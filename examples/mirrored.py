@@ -130,13 +130,7 @@ def table(results):
                 f"{difference:.1e}" if difference else "0",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for way, *values in rows:
-        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        lines.append("  ".join([way.ljust(widths[0]), *cells]))
-    lines.insert(2, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return digits.aligned(rows)
 
 
 def parse(argv):
@@ -144,24 +138,15 @@ def parse(argv):
         description="Train a net on handwritten digits on several devices and on one."
     )
 
-    def add_count(name, default, meaning):
-        meaning = f"{meaning} (default: %(default)s)"
-        parser.add_argument(
-            name, metavar="N", type=digits.positive_int, default=default, help=meaning
-        )
-
-    add_count("--devices", 2, "logical CPU devices, where there is no GPU")
-    add_count("--epochs", 3, "passes over the training images")
-    add_count("--batch-size", 256, "images per update, over all devices")
-    add_count("--micro-batch-size", 16, "images per forward and backward pass of one device")
-    add_count("--examples", 1797, "how many of the 1797 images to use")
+    digits.add_count(parser, "--devices", 2, "logical CPU devices, where there is no GPU")
+    digits.add_count(parser, "--epochs", 3, "passes over the training images")
+    digits.add_count(parser, "--batch-size", 256, "images per update, over all devices")
+    digits.add_count(
+        parser, "--micro-batch-size", 16, "images per forward and backward pass of one device"
+    )
+    digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
     args = parser.parse_args(argv)
-    (x, _), _ = digits.load_data(args.examples)
-    if args.batch_size > len(x):
-        parser.error(
-            f"--batch-size must be at most the number of training images, here {len(x)}. "
-            f"Received: {args.batch_size}. Pass a smaller one, or a larger --examples."
-        )
+    digits.check_batch_size(parser, args)
     return args, parser
 
 

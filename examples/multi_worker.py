@@ -241,42 +241,35 @@ def parse(argv):
         description="Train a net on handwritten digits on several workers."
     )
 
-    def add_count(name, default, meaning):
-        meaning = f"{meaning} (default: %(default)s)"
-        parser.add_argument(
-            name, metavar="N", type=digits.positive_int, default=default, help=meaning
-        )
-
     parser.add_argument(
         "--cluster",
         choices=("tf_config", "slurm", "kubernetes"),
         default="tf_config" if "TF_CONFIG" in os.environ else None,
         help="be one worker, and find the others so (default: tf_config if TF_CONFIG is set)",
     )
-    add_count("--local-workers", 2, "without a cluster: the workers to run on this machine")
-    add_count("--port", 8888, "where workers listen under slurm and kubernetes")
+    digits.add_count(
+        parser, "--local-workers", 2, "without a cluster: the workers to run on this machine"
+    )
+    digits.add_count(parser, "--port", 8888, "where workers listen under slurm and kubernetes")
     parser.add_argument(
         "--wrapper",
         choices=("model", "optimizer"),
         default="model",
         help="GradientAccumulateModel or GradientAccumulateOptimizer (default: %(default)s)",
     )
-    add_count("--epochs", 2, "passes over the training images")
-    add_count("--batch-size", 256, "images per update, over all workers")
-    add_count("--micro-batch-size", 16, "images per forward and backward pass of one replica")
-    add_count("--examples", 1797, "how many of the 1797 images to use")
+    digits.add_count(parser, "--epochs", 2, "passes over the training images")
+    digits.add_count(parser, "--batch-size", 256, "images per update, over all workers")
+    digits.add_count(
+        parser, "--micro-batch-size", 16, "images per forward and backward pass of one replica"
+    )
+    digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
     parser.add_argument(
         "--checkpoint-dir",
         metavar="FOLDER",
         help="save here, resume from here; shared by all workers",
     )
     args = parser.parse_args(argv)
-    (x, _), _ = digits.load_data(args.examples)
-    if args.batch_size > len(x):
-        parser.error(
-            f"--batch-size must be at most the number of training images, here {len(x)}. "
-            f"Received: {args.batch_size}. Pass a smaller one, or a larger --examples."
-        )
+    digits.check_batch_size(parser, args)
     return args, parser
 
 
