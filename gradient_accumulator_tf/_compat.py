@@ -7,6 +7,7 @@ test for each that fails when Keras has changed underneath it or when the entry 
 import contextlib
 import functools
 import os
+from typing import Any, NamedTuple
 
 OLDEST_TENSORFLOW = (2, 16)
 OLDEST_KERAS = (3, 8)
@@ -339,6 +340,83 @@ def is_functional(model):
     from keras.src.models.functional import Functional
 
     return isinstance(model, (Functional, keras.Sequential))
+
+
+def is_plain_functional(layer):
+    """Whether a layer is a functional or Sequential model with Keras's own `call`.
+
+    `keras.src.models.functional.Functional` (Keras 3.8 to 3.15); see `is_functional`.
+    """
+    import keras
+    from keras.src.models.functional import Functional
+
+    return is_functional(layer) and type(layer).call in (Functional.call, keras.Sequential.call)
+
+
+class GraphNode(NamedTuple):
+    """One call in a functional model; tensors are told apart by their `id`."""
+
+    operation: Any
+    fill_in: Any
+    inputs: list
+    outputs: list
+    has_mask: bool
+
+
+class Graph(NamedTuple):
+    """The calls of a functional model, in the order in which it makes them."""
+
+    inputs: list
+    nodes: list
+    outputs: list
+
+
+def graph_of(model):
+    """The `Graph` of a built functional or Sequential model.
+
+    `Function._nodes_by_depth`, `Node.arguments.fill_in` and `Sequential._functional` (Keras 3.8 to
+    3.15), by which Keras itself runs such models; `fill_in` takes a dict of tensors by `id`.
+    """
+    import keras
+
+    functional = model._functional if isinstance(model, keras.Sequential) else model
+    nodes = [
+        GraphNode(
+            node.operation,
+            node.arguments.fill_in,
+            list(dict.fromkeys(map(id, node.input_tensors))),
+            list(map(id, node.outputs)),
+            any(keras_mask(t) is not None for t in [*node.input_tensors, *node.outputs]),
+        )
+        for depth in sorted(functional._nodes_by_depth, reverse=True)
+        for node in functional._nodes_by_depth[depth]
+        if node.operation and not node.is_input
+    ]
+    return Graph(list(map(id, functional.inputs)), nodes, list(map(id, functional.outputs)))
+
+
+def standardized_inputs(model, inputs):
+    """Flat list of tensors in the order and with the dtypes of a functional model's `inputs`.
+
+    `Functional._standardize_inputs` (Keras 3.8 to 3.15), which its `call` begins with.
+    """
+    import keras
+
+    functional = model._functional if isinstance(model, keras.Sequential) else model
+    return functional._standardize_inputs(inputs)
+
+
+def packed_outputs(model, outputs):
+    """A functional model's outputs in the structure that its `call` returns them in.
+
+    `Functional._outputs_struct` and `unpack_singleton` (Keras 3.8 to 3.15), which its `call` ends
+    with.
+    """
+    import keras
+    from keras.src.models.functional import unpack_singleton
+
+    functional = model._functional if isinstance(model, keras.Sequential) else model
+    return unpack_singleton(keras.tree.pack_sequence_as(functional._outputs_struct, outputs))
 
 
 def sublayers(layer):

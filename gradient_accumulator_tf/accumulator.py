@@ -86,6 +86,45 @@ def sum_of_means(groups):
     return means
 
 
+def zero_sums(summands, variables):
+    """What a sum of one step's summands starts from; see `add_to_sums`."""
+
+    def zeros(like):
+        return None if like is None else tf.zeros(like.shape, like.dtype)
+
+    groups, losses = summands
+    sums = [
+        (
+            [
+                None if g is None else tf.zeros(v.shape, accumulation_dtype(v.dtype))
+                for g, v in zip(gradients, variables, strict=True)
+            ],
+            zeros(weight),
+        )
+        for gradients, weight in groups
+    ]
+    return sums, tf.nest.map_structure(zeros, losses)
+
+
+def add_to_sums(total, summands):
+    """Adds a micro-batch's (gradients, weight) of each group, and its sums of the loss."""
+    (groups, losses), (new_groups, new_losses) = total, summands
+    sums = [
+        (
+            [
+                None if g is None else add_gradient(t, scale_gradient(g, new_weight, t.dtype))
+                for t, g in zip(gradients, new_gradients, strict=True)
+            ],
+            None if weight is None else weight + new_weight,
+        )
+        for (gradients, weight), (new_gradients, new_weight) in zip(groups, new_groups, strict=True)
+    ]
+    losses = tf.nest.map_structure(
+        lambda t, new: None if t is None else t + new, losses, new_losses
+    )
+    return sums, losses
+
+
 def sum_variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
     """A zero variable of each replica's own; read outside a replica, and saved, is their sum."""
     return tf.Variable(

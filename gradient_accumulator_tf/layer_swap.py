@@ -8,7 +8,11 @@ import keras
 
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_positive_int
-from gradient_accumulator_tf.batch_norm import AccumBatchNorm
+from gradient_accumulator_tf.batch_norm import (
+    AccumBatchNorm,
+    is_known_batch_norm,
+    is_like_batch_norm,
+)
 
 _TARGETS = ("accum", "group", "layer", "instance", "frozen", "batch")
 _STATE = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -132,9 +136,9 @@ class _Swap:
         known = AccumBatchNorm if to == "batch" else keras.layers.BatchNormalization
         found, unknown, unreachable = set(), {}, {}
         for layer, path, reachable in _walk(model, model.name):
-            if not _is_like_batch_norm(layer):
+            if not is_like_batch_norm(layer):
                 continue
-            if not _is_known(layer):
+            if not is_known_batch_norm(layer):
                 unknown[layer] = f"{path} ({type(layer).__name__})"
             elif isinstance(layer, known):
                 if layer not in found:
@@ -253,27 +257,13 @@ def _walk(layer, path, reachable=True, above=()):
     A shared layer comes once for each of its paths. What is in a batch norm does not come.
     """
     yield layer, path, reachable
-    if _is_like_batch_norm(layer):
+    if is_like_batch_norm(layer):
         return
     held = None if _compat.is_functional(layer) else _compat.held_layers(layer)
     for inner in _compat.sublayers(layer):
         if inner not in above:
             can_replace = reachable and (held is None or inner in held)
             yield from _walk(inner, f"{path}/{inner.name}", can_replace, (*above, layer))
-
-
-def _is_like_batch_norm(layer):
-    return (
-        isinstance(layer, keras.layers.BatchNormalization)
-        or (hasattr(layer, "moving_mean") and hasattr(layer, "moving_variance"))
-        or ("BatchNorm" in type(layer).__name__ and not _compat.sublayers(layer))
-    )
-
-
-def _is_known(layer):
-    # A subclass may do anything, and renormalisation has statistics of its own.
-    known = type(layer) in (keras.layers.BatchNormalization, AccumBatchNorm)
-    return known and not getattr(layer, "renorm", False)
 
 
 def _replacement(layer, path, to, accum_steps):
@@ -371,7 +361,7 @@ def _copy(layer):
 
 def _holders(layer, seen):
     """`layer` and what it holds and can be changed in place: no graphs, no batch norm."""
-    if not (layer in seen or _compat.is_functional(layer) or _is_like_batch_norm(layer)):
+    if not (layer in seen or _compat.is_functional(layer) or is_like_batch_norm(layer)):
         seen.append(layer)
         for held in _compat.held_layers(layer):
             _holders(held, seen)

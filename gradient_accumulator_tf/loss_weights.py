@@ -206,6 +206,41 @@ def contributions(tape, loss, terms, variables, scale, weight, share, multiply):
     return used or groups[:1]
 
 
+def denominators(terms, weight, share):
+    """What has to be summed over an effective batch to know the weights of its parts."""
+    weight = tf.cast(weight, tf.float64) if share is None else None
+    parts = [None if t.denominator is None else tf.cast(t.denominator, tf.float64) for t in terms]
+    return weight, parts
+
+
+def targets_and_seeds(loss, terms, scale, weight, share, totals):
+    """A micro-batch's part in the effective batch's loss, as targets to differentiate.
+
+    Args:
+        loss: As for `contributions`, and so are `terms`, `scale`, `weight` and `share`.
+        terms: See there.
+        scale: See there.
+        weight: See there.
+        share: See there.
+        totals: The sum of `denominators` on an average replica.
+
+    Returns:
+        List of scalar targets, and list of the output gradients that go with them.
+    """
+    total_weight, totals = totals
+    if share is None:
+        share = tf.math.divide_no_nan(tf.cast(weight, tf.float64), total_weight)
+    targets, seeds = [loss], [tf.cast(share, scale.dtype)]
+    for t, total in zip(terms, totals, strict=True):
+        if t.leaf is not None:
+            part = tf.ones((), tf.float64)
+            if total is not None:
+                part = tf.math.divide_no_nan(tf.cast(t.denominator, tf.float64), total)
+            targets.append(t.value)
+            seeds.append(tf.cast(t.coefficient, scale.dtype) * tf.cast(part, scale.dtype))
+    return targets, [tf.cast(scale * s, t.dtype) for s, t in zip(seeds, targets, strict=True)]
+
+
 def loss_sums(loss, terms, weight, share):
     """What to add up over the micro-batches of an effective batch to know its loss.
 

@@ -1,5 +1,7 @@
 """Cut a nested batch into micro-batches, and sum over them in one loop."""
 
+from typing import Any, NamedTuple
+
 import tensorflow as tf
 
 
@@ -60,8 +62,20 @@ def _with_nones(template, flat):
     return tf.nest.map_structure(lambda t: None if t is None else next(tensors), template)
 
 
-def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add):
-    """`step` of every micro-batch of `batch`, the first results added up.
+class Kept(NamedTuple):
+    """A tensor of every micro-batch.
+
+    Attributes:
+        looped: `tf.TensorArray` or list with those of all micro-batches but the last.
+        last: The last one's.
+    """
+
+    looped: Any
+    last: Any
+
+
+def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
+    """`step` of every micro-batch of `batch`, the first results added up, the second kept.
 
     In graph mode `step` is traced once. All micro-batches but the last run in a
     `tf.while_loop`, which keeps one micro-batch's activations at a time; the last, which may be
@@ -69,51 +83,70 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add):
     micro-batch.
 
     Args:
-        step: Function of a nested batch that returns (summands, rest).
+        step: Function of a nested batch, and of a tensor for each of `kept`, that returns
+            (summands, list of tensors to keep, rest).
         batch: Nested batch of tensors.
         micro_batch_size: Examples in a micro-batch.
         zeros: Function of the summands' structure that returns what a sum of them starts from.
         add: Function of (sum, summands) that returns their sum.
+        kept: List of `Kept` from an earlier call with this batch and micro-batch size.
 
     Returns:
-        The sum, and the last micro-batch's rest.
+        The sum, the list of `Kept`, and the last micro-batch's rest.
     """
     examples = batch_size(batch)
+    kept_last = [k.last for k in kept]
     if isinstance(examples, int) and examples <= micro_batch_size:
-        summands, rest = step(batch)
-        return add(zeros(summands), summands), rest
+        summands, keep, rest = step(batch, *kept_last)
+        return add(zeros(summands), summands), [Kept([], t) for t in keep], rest
     turns = (examples + micro_batch_size - 1) // micro_batch_size - 1
     if tf.executing_eagerly():
-        total = None
+        total, looped = None, []
         for turn in range(max(turns, 0) + 1):
             start = turn * micro_batch_size
             size = min(micro_batch_size, examples - start)
-            summands, rest = step(slice_batch(batch, start, size))
+            inputs = [k.looped[turn] if turn < turns else k.last for k in kept]
+            summands, keep, rest = step(slice_batch(batch, start, size), *inputs)
             total = add(zeros(summands) if total is None else total, summands)
-        return total, rest
+            looped.append(keep)
+        *looped, last = looped
+        return total, [Kept([k[i] for k in looped], t) for i, t in enumerate(last)], rest
 
     # A static size where all micro-batches have the same; XLA compiles the loop's body also for
     # a batch that is smaller than a micro-batch, where it does not run.
     even = isinstance(examples, int) and examples % micro_batch_size == 0
     size = micro_batch_size if even else tf.minimum(micro_batch_size, examples)
     step = tf.function(step, autograph=False)
-    traced = step.get_concrete_function(slice_batch(batch, 0, size))
+    specs = [tf.TensorSpec(k.looped.element_shape, k.last.dtype) for k in kept]
+    traced = step.get_concrete_function(slice_batch(batch, 0, size), *specs)
 
     start_sum = zeros(traced.structured_outputs[0])
+    # The loop makes no turn where there is but one micro-batch, or none.
+    turns = tf.maximum(turns, 0)
+    # XLA also compiles what would read from an array that is empty.
+    start_arrays = [
+        tf.TensorArray(t.dtype, tf.maximum(turns, 1), element_shape=t.shape)
+        for t in traced.structured_outputs[1]
+    ]
 
-    def body(turn, flat):
+    def body(turn, flat, arrays):
         total = _with_nones(start_sum, flat)
-        summands, _ = step(slice_batch(batch, turn * micro_batch_size, size))
-        return turn + 1, _without_nones(add(total, summands))
+        micro_batch = slice_batch(batch, turn * micro_batch_size, size)
+        summands, keep, _ = step(micro_batch, *(k.looped.read(turn) for k in kept))
+        arrays = [array.write(turn, t) for array, t in zip(arrays, keep, strict=True)]
+        return turn + 1, _without_nones(add(total, summands)), arrays
 
-    turn, flat = tf.while_loop(
-        lambda turn, _: turn < turns,
+    turn, flat, arrays = tf.while_loop(
+        lambda turn, *_: turn < turns,
         body,
-        (tf.constant(0), _without_nones(start_sum)),
+        (tf.constant(0), _without_nones(start_sum), start_arrays),
         parallel_iterations=1,
     )
     total = _with_nones(start_sum, flat)
-    # From the loop's counter, so that the last micro-batch waits for the loop to end.
-    start = turn * micro_batch_size
-    summands, rest = step(slice_batch(batch, start, micro_batch_size if even else examples - start))
-    return add(total, summands), rest
+    # The start from the loop's counter, so that the last micro-batch waits for the loop to end; the
+    # size not, as XLA has to know it.
+    last_size = micro_batch_size if even else examples - turns * micro_batch_size
+    last = slice_batch(batch, turn * micro_batch_size, last_size)
+    summands, keep, rest = step(last, *kept_last)
+    keep = [Kept(*pair) for pair in zip(arrays, keep, strict=True)]
+    return add(total, summands), keep, rest

@@ -7,20 +7,19 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf._checks import check_positive_int
-from gradient_accumulator_tf.accumulator import (
-    accumulation_dtype,
-    add_gradient,
-    scale_gradient,
-    sum_of_means,
-)
+from gradient_accumulator_tf._checks import check_choice, check_positive_int
+from gradient_accumulator_tf.accumulator import add_to_sums, sum_of_means, zero_sums
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm, led
 from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
+from gradient_accumulator_tf.exact_batch_norm import ExactBatchNorm
+from gradient_accumulator_tf.graph_cuts import has_batch_statistics
 from gradient_accumulator_tf.loss_weights import (
     LossRecorder,
     contributions,
+    denominators,
     loss_from_sums,
     loss_sums,
+    targets_and_seeds,
     with_coefficients,
 )
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
@@ -42,6 +41,17 @@ class _MicroStep(NamedTuple):
     weight: Any  # of what no compiled loss measures
     share: Any  # that weight by the effective batch's, if known
     logs: dict
+
+
+class _Loss(NamedTuple):
+    """What one micro-batch's forward pass found; see `_MicroStep`."""
+
+    tape: Any
+    y_pred: Any
+    loss: Any
+    terms: list
+    weight: Any
+    share: Any
 
 
 _TRAINER_METHODS = (
@@ -105,6 +115,9 @@ class GradientAccumulateModel(keras.Model):
         model: A `keras.Model` to train instead: functional, Sequential or subclassed.
         accum_steps: Integer >= 1, batches per update.
         micro_batch_size: Integer >= 1, examples per micro-batch (per replica).
+        batch_norm: "micro_batch" (default): batch norm normalises by the micro-batch. "exact":
+            by the whole effective batch, forward and backward, so that the update is the large
+            batch's with batch norm too; see below.
         **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
 
     Raises:
@@ -123,6 +136,7 @@ class GradientAccumulateModel(keras.Model):
         model=None,
         accum_steps=None,
         micro_batch_size=None,
+        batch_norm="micro_batch",
         **kwargs,
     ):
         if (accum_steps is None) == (micro_batch_size is None):
@@ -145,6 +159,12 @@ class GradientAccumulateModel(keras.Model):
                     "Pass accum_steps (each call is then a micro-step), or override "
                     "`compute_loss` instead."
                 )
+        check_choice("batch_norm", batch_norm, ("micro_batch", "exact"))
+        if batch_norm == "exact" and micro_batch_size is None:
+            raise ValueError(
+                'batch_norm="exact" needs the whole effective batch in each step. Received: '
+                f"accum_steps={accum_steps}. Pass micro_batch_size instead."
+            )
         check_strategy()
         wrapped = _wrapped_model(type(self), inputs, outputs, model, kwargs)
         if wrapped is not None:
@@ -153,6 +173,8 @@ class GradientAccumulateModel(keras.Model):
         super().__init__(**kwargs)
         self.accum_steps = accum_steps
         self.micro_batch_size = micro_batch_size
+        self.batch_norm = batch_norm
+        self._exact_batch_norm = None
         self.model = wrapped
         if wrapped is not None:
             self.built = wrapped.built
@@ -180,6 +202,9 @@ class GradientAccumulateModel(keras.Model):
                 (`BatchNormalization(synchronized=True)`).
         """
         self._check_layers()
+        self._exact_batch_norm = None
+        if self.built:
+            self._plan_exact_batch_norm()
         super().compile(self._accumulating(optimizer), *args, **kwargs)
 
     def compile_from_config(self, config):
@@ -239,6 +264,7 @@ class GradientAccumulateModel(keras.Model):
         data = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
         _compat.build_for_training(self, data)
         self._check_layers()
+        self._plan_exact_batch_norm()
         if self.micro_batch_size is None:
             return self._train_across_steps(data)
         return self._train_within_step(data)
@@ -288,19 +314,10 @@ class GradientAccumulateModel(keras.Model):
         examples = batch_size(data)
         total = sum_over_replicas(tf.cast(examples, tf.float64)) / number_of_replicas()
 
-        def step(micro_batch):
-            step = self._micro_step(micro_batch, total)
-            losses = loss_sums(step.loss, step.terms, step.weight, step.share)
-            return ([(g.gradients, g.weight) for g in step.groups], losses), step.logs
-
-        sums, logs = sum_over_micro_batches(
-            step,
-            data,
-            self.micro_batch_size,
-            zeros=lambda summands: _zeros(summands, variables),
-            add=_add,
-        )
-        self._end_cycle_of_batch_norms()
+        if self._exact_batch_norm is not None:
+            sums, logs = self._sum_of_exact(data, total, variables)
+        else:
+            sums, logs = self._sum_of_micro_steps(data, total, variables)
         groups, losses = sum_over_replicas(sums)
         if groups:
             # Under a strategy, what averages was divided by the number of replicas.
@@ -319,18 +336,59 @@ class GradientAccumulateModel(keras.Model):
         weight = examples if isinstance(examples, int) else None
         return self._with_loss(logs, (loss, examples), [(value, weight) for value in values])
 
-    def _micro_step(self, data, total=None):
-        """Forward and backward pass of one micro-batch.
+    def _sum_of_micro_steps(self, data, total, variables):
+        """Sums of what all micro-steps found, and the logs of the last."""
+
+        def step(micro_batch):
+            step = self._micro_step(micro_batch, total)
+            losses = loss_sums(step.loss, step.terms, step.weight, step.share)
+            return ([(g.gradients, g.weight) for g in step.groups], losses), [], step.logs
+
+        sums, _, logs = sum_over_micro_batches(
+            step,
+            data,
+            self.micro_batch_size,
+            zeros=lambda summands: zero_sums(summands, variables),
+            add=add_to_sums,
+        )
+        self._end_cycle_of_batch_norms()
+        return sums, logs
+
+    def _sum_of_exact(self, data, total, variables):
+        """As `_sum_of_micro_steps`, with the effective batch's batch norm."""
+
+        def totals_of(predict, micro_batch):
+            found = self._loss(micro_batch, predict, total)
+            return denominators(found.terms, found.weight, found.share)
+
+        def differentiate(predict, micro_batch, totals):
+            found = self._loss(micro_batch, predict, total)
+            summed = (found.loss, found.terms, found.weight, found.share)
+            scale = self._gradient_scale(found.loss.dtype)
+            targets, seeds = targets_and_seeds(
+                found.loss, found.terms, scale, found.weight, found.share, totals
+            )
+            x, y, sample_weight = micro_batch
+            logs = self.compute_metrics(x, y, found.y_pred, sample_weight=sample_weight)
+            return found.tape, targets, seeds, loss_sums(*summed), logs
+
+        gradients, losses, logs = self._exact_batch_norm.gradients(
+            data, self.micro_batch_size, variables, totals_of, differentiate
+        )
+        return ([(gradients, None)] if variables else [], losses), logs
+
+    def _loss(self, data, predict, total=None):
+        """Forward pass of one micro-batch, and what its loss is made of.
 
         Args:
             data: `(x, y, sample_weight)`.
+            predict: Function of the tape that returns the predictions.
             total: float64 scalar, examples of the effective batch on an average replica; None
                 if they are not known before the cycle's end.
         """
         x, y, sample_weight = data
         with tf.GradientTape(persistent=True) as tape, led():
-            training = {"training": True} if _compat.call_has_training_argument(self) else {}
-            y_pred = self(x, **training)
+            y_pred = predict(tape)
             recorder = LossRecorder(tape, same_shapes=total is not None)
             with _compat.replaced_losses(self, recorder.replace):
                 loss = _compat.compute_loss(self, x, y, y_pred, sample_weight)
@@ -339,19 +397,48 @@ class GradientAccumulateModel(keras.Model):
         if weight is None:
             weight = batch_size(data)
             share = None if total is None else tf.cast(weight, total.dtype) / total
+        return _Loss(tape, y_pred, loss, terms, weight, share)
+
+    def _gradient_scale(self, dtype):
+        return self.optimizer.scale_loss(tf.ones((), dtype))
+
+    def _micro_step(self, data, total=None):
+        """Forward and backward pass of one micro-batch; arguments as for `_loss`."""
+        x, y, sample_weight = data
+
+        def predict(tape):
+            del tape  # which records it anyway
+            training = {"training": True} if _compat.call_has_training_argument(self) else {}
+            return self(x, **training)
+
+        tape, y_pred, loss, terms, weight, share = self._loss(data, predict, total)
         groups = []
         if self.trainable_weights:
-            variables = self.trainable_weights
-            scale = self.optimizer.scale_loss(tf.ones((), loss.dtype))
             in_half = self.compute_dtype == "float16" or isinstance(
                 self.optimizer, keras.optimizers.LossScaleOptimizer
             )
-            multiply = total is None and not in_half
-            groups = contributions(tape, loss, terms, variables, scale, weight, share, multiply)
+            groups = contributions(
+                tape,
+                loss,
+                terms,
+                self.trainable_weights,
+                self._gradient_scale(loss.dtype),
+                weight,
+                share,
+                multiply=total is None and not in_half,
+            )
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         return _MicroStep(groups, loss, terms, weight, share, logs)
+
+    def _plan_exact_batch_norm(self):
+        """Cuts the model for `batch_norm="exact"`, unless no batch norm needs it."""
+        if self.batch_norm != "exact" or self._exact_batch_norm is not None:
+            return
+        model = self if self.model is None else self.model
+        if has_batch_statistics(model):
+            self._exact_batch_norm = ExactBatchNorm(model)
 
     def _with_loss(self, logs, loss, values):
         """The logs after the metrics of the loss, and of each output's, have seen a step's.
@@ -379,7 +466,8 @@ class GradientAccumulateModel(keras.Model):
 
     def _check_layers(self):
         """Refuses layers that synchronise replicas in the loop over micro-batches."""
-        if self.micro_batch_size is None or self.distribute_strategy.num_replicas_in_sync == 1:
+        replicas = self.distribute_strategy.num_replicas_in_sync
+        if self.micro_batch_size is None or self.batch_norm == "exact" or replicas == 1:
             return
         for layer in _compat.all_layers(self):
             if getattr(layer, "synchronized", False):
@@ -387,8 +475,8 @@ class GradientAccumulateModel(keras.Model):
                     "With `micro_batch_size` on several replicas no layer may synchronise them, "
                     "which TensorFlow cannot do in the loop over micro-batches. Received: "
                     f"{type(layer).__name__}(synchronized=True) {layer.name!r} on "
-                    f"{self.distribute_strategy.num_replicas_in_sync} replicas. Pass accum_steps "
-                    "instead (fit's batch is then a micro-batch), or make it synchronized=False."
+                    f"{replicas} replicas. Pass accum_steps instead (fit's batch is then a "
+                    'micro-batch), or batch_norm="exact", or make it synchronized=False.'
                 )
 
     @property
@@ -461,6 +549,7 @@ class GradientAccumulateModel(keras.Model):
             "model": keras.saving.serialize_keras_object(self.model),
             "accum_steps": self.accum_steps,
             "micro_batch_size": self.micro_batch_size,
+            "batch_norm": self.batch_norm,
         }
 
     @classmethod
@@ -548,42 +637,3 @@ def _as_tensor(leaf):
     if leaf is None or isinstance(leaf, tf.Tensor | tf.RaggedTensor | tf.SparseTensor):
         return leaf
     return tf.convert_to_tensor(leaf)
-
-
-def _zeros(summands, variables):
-    """What a sum of one step's summands starts from; see `_add`."""
-
-    def zeros(like):
-        return None if like is None else tf.zeros(like.shape, like.dtype)
-
-    groups, losses = summands
-    sums = [
-        (
-            [
-                None if g is None else tf.zeros(v.shape, accumulation_dtype(v.dtype))
-                for g, v in zip(gradients, variables, strict=True)
-            ],
-            zeros(weight),
-        )
-        for gradients, weight in groups
-    ]
-    return sums, tf.nest.map_structure(zeros, losses)
-
-
-def _add(total, summands):
-    """Adds a micro-batch's (gradients, weight) of each group, and its sums of the loss."""
-    (groups, losses), (new_groups, new_losses) = total, summands
-    sums = [
-        (
-            [
-                None if g is None else add_gradient(t, scale_gradient(g, new_weight, t.dtype))
-                for t, g in zip(gradients, new_gradients, strict=True)
-            ],
-            None if weight is None else weight + new_weight,
-        )
-        for (gradients, weight), (new_gradients, new_weight) in zip(groups, new_groups, strict=True)
-    ]
-    losses = tf.nest.map_structure(
-        lambda t, new: None if t is None else t + new, losses, new_losses
-    )
-    return sums, losses

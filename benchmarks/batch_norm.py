@@ -1,0 +1,403 @@
+"""Batch norm in micro-batches: what training reaches, and what each way to do it costs.
+
+    python benchmarks/batch_norm.py
+    python benchmarks/batch_norm.py --parts accuracy --seeds 1 --epochs 3 --plot accuracy.png
+
+Four parts: `accuracy` trains a net with six batch norms on scikit-learn's digits, `equality`
+compares the weights of exact and large batch after one and ten updates, `time` takes steps in
+turn in one process, and `memory` finds each way's peak in a process of its own.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+from benchmarks import overhead
+from examples.digits import in_own_process, largest_difference, peak_memory
+from gradient_accumulator_tf import GradientAccumulateModel, swap_batch_norm
+
+LARGE = "large batch"
+EXACT = 'batch_norm="exact"'
+ACCUM = "AccumBatchNorm"
+MICRO = "Keras's batch norm"
+GROUP = "group norm"
+WAYS = (LARGE, EXACT, ACCUM, MICRO, GROUP)
+PARTS = ("accuracy", "equality", "time", "memory")
+CLASSES = 10
+
+
+# Nets.
+
+
+def six_norms(size=8, channels=1):
+    """A convolutional net with six batch norms."""
+    inputs = x = keras.Input((size, size, channels))
+    for filters, strides in ((16, 1), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1)):
+        x = keras.layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)(x)
+        x = keras.layers.ReLU()(keras.layers.BatchNormalization(momentum=0.9)(x))
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(CLASSES)(x))
+
+
+def residual_net(size):
+    """Blocks with projection shortcuts."""
+    inputs = x = keras.Input((size, size, 3))
+    for filters, strides in ((16, 1), (32, 2), (64, 2)):
+        shortcut = keras.layers.Conv2D(filters, 1, strides, use_bias=False)(x)
+        shortcut = keras.layers.BatchNormalization()(shortcut)
+        y = keras.layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)(x)
+        y = keras.layers.ReLU()(keras.layers.BatchNormalization()(y))
+        y = keras.layers.Conv2D(filters, 3, padding="same", use_bias=False)(y)
+        y = keras.layers.BatchNormalization()(y)
+        x = keras.layers.ReLU()(keras.layers.Add()([y, shortcut]))
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(CLASSES)(x))
+
+
+def u_net(size):
+    """Down twice and up again, with the features of the way down."""
+    inputs = x = keras.Input((size, size, 3))
+
+    def block(x, filters):
+        x = keras.layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+        return keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+
+    skips = []
+    for filters in (16, 32):
+        x = block(x, filters)
+        skips.append(x)
+        x = keras.layers.MaxPooling2D()(x)
+    x = block(x, 64)
+    for filters in (32, 16):
+        x = keras.layers.Concatenate()([keras.layers.UpSampling2D()(x), skips.pop()])
+        x = block(x, filters)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(CLASSES)(x))
+
+
+def application(name, size):
+    make = getattr(keras.applications, name)
+    return make(
+        weights=None, input_shape=(size, size, 3), classes=CLASSES, classifier_activation=None
+    )
+
+
+NETS = {
+    "six norms": functools.partial(six_norms, channels=3),
+    "residual net": residual_net,
+    "U-Net": u_net,
+    "MobileNetV2": functools.partial(application, "MobileNetV2"),
+    "ResNet50": functools.partial(application, "ResNet50"),
+}
+
+
+def made(make_net, seed=0, **kwargs):
+    keras.utils.set_random_seed(seed)
+    return make_net(**kwargs)
+
+
+def prepared(way, net, micro_batch_size):
+    """The net as it is trained in one of `WAYS`."""
+    if way == LARGE:
+        return net
+    if way in (ACCUM, GROUP):
+        net = swap_batch_norm(net, to={ACCUM: "accum", GROUP: "group"}[way])
+    batch_norm = "exact" if way == EXACT else "micro_batch"
+    return GradientAccumulateModel(
+        model=net, micro_batch_size=micro_batch_size, batch_norm=batch_norm
+    )
+
+
+def compile_for(model, optimizer):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    return model
+
+
+def random_images(examples, size, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(examples, size, size, 3)).astype(keras.config.floatx())
+    return x, rng.integers(CLASSES, size=examples)
+
+
+# What training reaches.
+
+
+def accuracies(way, seed, options):
+    """Validation accuracy after each epoch on handwritten digits."""
+    images, digits = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8, 1) / 16).astype("float32")
+    order = np.random.default_rng(seed).permutation(len(images))
+    training, validation = order[:-360], order[-360:]
+    training = training[: len(training) // options.batch_size * options.batch_size]
+    model = prepared(way, made(six_norms, seed), options.accuracy_micro_batch_size)
+    compile_for(model, keras.optimizers.SGD(0.05, momentum=0.9))
+    return model.fit(
+        images[training],
+        digits[training],
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        validation_data=(images[validation], digits[validation]),
+        verbose=0,
+    ).history["val_accuracy"]
+
+
+def measure_accuracy(options):
+    return {
+        way: [in_own_process(accuracies, way, seed, options) for seed in range(options.seeds)]
+        for way in options.ways
+    }
+
+
+def accuracy_table(measured, options):
+    epochs = sorted({1, max(1, options.epochs // 4), max(1, options.epochs // 2), options.epochs})
+    rows = [["validation accuracy after", *(f"{n} epochs" for n in epochs)]]
+    for way, runs in measured.items():
+        cells = [[100 * run[n - 1] for run in runs] for n in epochs]
+        rows.append([way, *(f"{np.mean(cell):.1f} % (sd {np.std(cell):.1f})" for cell in cells)])
+    return rows
+
+
+# How exact it is.
+
+
+def distances(name, optimizer, options):
+    """How far weights are from the large batch's after one and after ten updates, in float64."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    x, y = random_images(options.equality_batch_size, options.size)
+    weights, movement = {1: [], 10: []}, []
+    seconds = 0.0
+    for way in (LARGE, EXACT):
+        net = made(NETS[name], size=options.size)
+        start = net.get_weights()
+        model = prepared(way, net, options.equality_micro_batch_size)
+        compile_for(
+            model,
+            {"SGD": keras.optimizers.SGD, "Adam": keras.optimizers.Adam}[optimizer](
+                options.learning_rate
+            ),
+        )
+        begin = time.perf_counter()
+        for updates in (1, 10):
+            for _ in range(updates - (updates == 10)):
+                model.train_on_batch(x, y)
+                seconds = seconds or time.perf_counter() - begin
+            weights[updates].append(model.get_weights())
+        movement.append(largest_difference(start, model.get_weights()))
+    return [largest_difference(*weights[n]) for n in (1, 10)], movement[0]
+
+
+def measure_equality(options):
+    return {
+        f"{name}, {optimizer}": in_own_process(distances, name, optimizer, options)
+        for name in options.nets
+        for optimizer in ("SGD", "Adam")
+    }
+
+
+def equality_table(measured):
+    rows = [["largest difference of a weight", "1 update", "10 updates", "weights moved by"]]
+    for case, (after, movement) in measured.items():
+        rows.append([case, *(f"{distance:.0e}" for distance in after), f"{movement:.0e}"])
+    return rows
+
+
+# What it costs.
+
+
+def measure_time(options):
+    """Seconds of each timed step, by net and way; and seconds of the first step."""
+    return {name: in_own_process(times, name, options) for name in options.nets}
+
+
+def times(name, options):
+    x, y = map(tf.constant, random_images(options.batch_size, options.size))
+    rivals, first = {}, {}
+    for way in options.ways:
+        net = made(NETS[name], size=options.size)
+        model = compile_for(
+            prepared(way, net, options.micro_batch_size), keras.optimizers.SGD(1e-3)
+        )
+        dataset = tf.data.Dataset.from_tensors((x, y)).repeat(options.steps)
+        rivals[way] = overhead.Rival(model, functools.partial(model.fit, dataset, verbose=0))
+        begin = time.perf_counter()
+        model.train_on_batch(x, y)
+        first[way] = time.perf_counter() - begin
+        rivals[way].train_epoch()
+    return overhead.time_in_turn(rivals, options.repeats), first
+
+
+def time_table(measured):
+    rows = [["step time over that of Keras's batch norm", *measured]]
+    ways = list(next(iter(measured.values()))[0])
+    for way in ways:
+        cells = [overhead.ratio(s[way], s[MICRO]) for s, _ in measured.values()]
+        rows.append([way, *(f"{mid:.2f} ({low:.2f}-{high:.2f})" for mid, low, high in cells)])
+    for way in (LARGE, EXACT):
+        cells = [first[way] for _, first in measured.values() if way in first]
+        rows.append(
+            [f"seconds to trace and run the first step, {way}", *map("{:.1f}".format, cells)]
+        )
+    return rows
+
+
+def peak(name, way, batch_size, options):
+    """Bytes that training steps need on top of the built model."""
+    x, y = map(tf.constant, random_images(batch_size, options.size))
+    net = made(NETS[name], size=options.size)
+    model = compile_for(prepared(way, net, options.micro_batch_size), keras.optimizers.SGD(1e-3))
+    before = peak_memory()
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    return peak_memory() - before
+
+
+def measure_memory(options):
+    return {
+        name: {
+            way: [in_own_process(peak, name, way, n, options) for n in options.memory_batch_sizes]
+            for way in (LARGE, EXACT, MICRO)
+        }
+        for name in options.nets
+    }
+
+
+def slope(sizes, peaks):
+    """Bytes per example of the effective batch."""
+    return np.polyfit(sizes, peaks, 1)[0]
+
+
+def memory_table(measured, options):
+    sizes = options.memory_batch_sizes
+    rows = [["peak MB at effective batch", *map(str, sizes), "MB per example", "of large batch's"]]
+    for name, ways in measured.items():
+        for way, peaks in ways.items():
+            share = slope(sizes, peaks) / slope(sizes, ways[LARGE])
+            cells = [f"{bytes_ / 1e6:.0f}" for bytes_ in peaks]
+            cells += [f"{slope(sizes, peaks) / 1e6:.2f}", f"{100 * share:.0f} %"]
+            rows.append([f"{name}, {way}", *cells])
+    return rows
+
+
+# The report.
+
+
+def markdown(rows):
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plot_accuracy(measured, path):
+    """Mean accuracy over epochs, with the range over the seeds."""
+    from matplotlib.figure import Figure  # not needed for the tables
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    panel = figure.subplots()
+    styles = ("-", "--", "-.", ":", (0, (1, 3)))
+    for (way, runs), style in zip(measured.items(), styles, strict=False):
+        runs = 100 * np.array(runs)
+        epochs = np.arange(1, runs.shape[1] + 1)
+        (line,) = panel.plot(epochs, runs.mean(0), linestyle=style, label=way)
+        panel.fill_between(epochs, runs.min(0), runs.max(0), alpha=0.15, color=line.get_color())
+    panel.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    panel.legend()
+    figure.savefig(path)
+
+
+def plot_memory(measured, options, path):
+    """Peak memory against the effective batch, a panel for each net."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(measured), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(measured), squeeze=False)[0]
+    for panel, (name, ways) in zip(panels, measured.items(), strict=True):
+        for way, marker in zip(ways, "os^", strict=False):
+            peaks = [bytes_ / 1e6 for bytes_ in ways[way]]
+            panel.plot(options.memory_batch_sizes, peaks, marker=marker, label=way)
+        panel.set(title=name, xlabel="effective batch", ylim=(0, None))
+    panels[0].set_ylabel("peak memory (MB)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.savefig(path)
+
+
+def setting(options):
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    return (
+        f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} CPU cores, "
+        f"{gpus or 'no'} GPU. Accuracy: effective batch {options.batch_size}, micro-batch "
+        f"{options.accuracy_micro_batch_size}, {options.seeds} seeds. Time and memory: images of "
+        f"{options.size} x {options.size}, micro-batch {options.micro_batch_size}; time at "
+        f"effective batch {options.batch_size}, ratio of the medians of {options.repeats} epochs "
+        f"in turn, in brackets the quartiles. Equality: batch {options.equality_batch_size}, "
+        f"micro-batch {options.equality_micro_batch_size}, float64, learning rate "
+        f"{options.learning_rate:g}."
+    )
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--accuracy-micro-batch-size", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--size", type=int, default=64, help="height and width of images")
+    parser.add_argument("--equality-batch-size", type=int, default=8)
+    parser.add_argument("--equality-micro-batch-size", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--memory-batch-sizes", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--steps", type=int, default=2, help="updates in a timed epoch")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", help="file to write what was measured to")
+    parser.add_argument("--plot", help="file for the picture of accuracies")
+    parser.add_argument("--memory-plot", help="file for the picture of peak memory")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options = parse(argv)
+    print(setting(options), flush=True)
+    measure = {
+        "accuracy": measure_accuracy,
+        "equality": measure_equality,
+        "time": measure_time,
+        "memory": measure_memory,
+    }
+    tables = {
+        "accuracy": lambda measured: accuracy_table(measured, options),
+        "equality": equality_table,
+        "time": time_table,
+        "memory": lambda measured: memory_table(measured, options),
+    }
+    results = {}
+    for part in options.parts:
+        results[part] = measure[part](options)
+        print(f"\n{markdown(tables[part](results[part]))}", flush=True)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"setting": setting(options), **results}, file, indent=1)
+    if options.plot and "accuracy" in results:
+        plot_accuracy(results["accuracy"], options.plot)
+    if options.memory_plot and "memory" in results:
+        plot_memory(results["memory"], options, options.memory_plot)
+    return results
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)
