@@ -146,6 +146,7 @@ MODELS = [
 ]
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.1),
+    "slow_sgd": lambda: keras.optimizers.SGD(0.01),
     "adam": lambda: keras.optimizers.Adam(0.01),
     "clipping_and_average": lambda: keras.optimizers.SGD(
         0.1, momentum=0.9, global_clipnorm=0.5, use_ema=True, ema_momentum=0.9
@@ -253,7 +254,7 @@ def test_activations_far_from_zero_and_far_from_the_moving_mean():
         model.compile("sgd", "mse")
         model.fit(x, y, batch_size=64, verbose=0)
         moving.append(state_of([norm.moving_variance]))
-    np.testing.assert_allclose(moving[1], [x.astype("float64").var(axis=0)], rtol=1e-4)
+    np.testing.assert_allclose(moving[1], [x.astype("float64").var(axis=0)], rtol=1e-3)
     np.testing.assert_allclose(moving[1], moving[0], rtol=1e-2)
 
 
@@ -274,7 +275,7 @@ def test_sample_weights_and_losses_with_other_denominators(float64, execution):
     for reduction in ("sum_over_batch_size", "mean_with_sample_weight", "sum"):
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
         trained = [
-            _train(model, (x, y, weights), "adam", loss=loss, metrics=[], **execution)
+            _train(model, (x, y, weights), "slow_sgd", loss=loss, metrics=[], **execution)
             for model in (_made(small), _exact(_made(small)))
         ]
         _assert_same(*trained[::-1])
