@@ -83,7 +83,7 @@ class GradientAccumulateModel(keras.Model):
     mask; the weights' sum for the reduction "mean_with_sample_weight"), and regularisers count
     once. `add_loss` terms and a `compute_loss` of your own count for the examples. The update
     does not equal it where a layer looks across examples (BatchNormalization normalises by the
-    micro-batch) or draws random numbers (Dropout draws others).
+    micro-batch, unless `batch_norm="exact"`) or draws random numbers (Dropout draws others).
 
     ```python
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
@@ -115,15 +115,20 @@ class GradientAccumulateModel(keras.Model):
         model: A `keras.Model` to train instead: functional, Sequential or subclassed.
         accum_steps: Integer >= 1, batches per update.
         micro_batch_size: Integer >= 1, examples per micro-batch (per replica).
-        batch_norm: "micro_batch" (default): batch norm normalises by the micro-batch. "exact":
-            by the whole effective batch, forward and backward, so that the update is the large
-            batch's with batch norm too; see below.
+        batch_norm: With `micro_batch_size`, what trainable batch norms of Keras's
+            `BatchNormalization` or `AccumBatchNorm` normalise by: "micro_batch" (default), or
+            "exact", which is by the whole effective batch (of a replica, unless
+            `synchronized=True`), forward and backward. With it the update is the large batch's,
+            moving statistics included. It is for functional and Sequential models, and keeps what
+            batch norms wait with for all examples of the effective batch, about a third of what
+            the large batch keeps.
         **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
 
     Raises:
         TypeError: If `accum_steps` or `micro_batch_size` is not an integer, or `model` not a
             Keras 3 model.
-        ValueError: If not exactly one of the two is given, if `model` is given together with
+        ValueError: If not exactly one of the two is given, if `batch_norm="exact"` is given with
+            `accum_steps`, if `model` is given together with
             `inputs`, `outputs` or a `call` of its own, if `model` overrides a training method,
             or under a ParameterServerStrategy or CentralStorageStrategy.
     """
@@ -199,7 +204,10 @@ class GradientAccumulateModel(keras.Model):
             ValueError: If the optimizer accumulates by itself, unless by the same
                 `accum_steps`, or was made under another strategy; or if, with
                 `micro_batch_size` on several replicas, a layer synchronises them
-                (`BatchNormalization(synchronized=True)`).
+                (`BatchNormalization(synchronized=True)`); or if, with `batch_norm="exact"`, the
+                model is not a graph of layers that can be cut at each trainable batch norm (a
+                subclassed model, batch norm within another layer, masks, activity
+                regularisers, renormalisation).
         """
         self._check_layers()
         self._exact_batch_norm = None

@@ -1,10 +1,10 @@
-"""The benchmark compares all rivals and finds that they train the same; times are not asserted."""
+"""Benchmarks measure what they say they do, at a small size; times are not asserted."""
 
 import json
 
 import pytest
 
-from benchmarks import overhead
+from benchmarks import batch_norm, overhead
 from benchmarks.overhead import BUILT_IN, LARGE, LOOP, OPTIMIZER, PLAIN
 
 TINY = {
@@ -63,3 +63,25 @@ def test_refuses_what_cannot_be_measured(capsys):
     with pytest.raises(SystemExit):
         overhead.main(["--accum-steps", "1"])
     assert "--accum-steps at least 2" in capsys.readouterr().err
+
+
+def test_batch_norm_in_all_its_parts(float64, monkeypatch, tmp_path, capsys):
+    # A process for each net and way takes minutes to start them all.
+    monkeypatch.setattr(batch_norm, "in_own_process", lambda function, *args: function(*args))
+    drawings = tmp_path / "accuracy.png", tmp_path / "memory.png"
+    results = batch_norm.main(
+        "--nets U-Net --size 8 --batch-size 64 --micro-batch-size 32 --epochs 1 --seeds 1".split()
+        + "--accuracy-micro-batch-size 16 --steps 1 --repeats 1 --memory-batch-sizes 4 8".split()
+        + ["--ways", batch_norm.LARGE, batch_norm.EXACT, batch_norm.MICRO]
+        + ["--json", str(tmp_path / "all.json")]
+        + ["--plot", str(drawings[0]), "--memory-plot", str(drawings[1])]
+    )
+    assert list(results) == list(batch_norm.PARTS)
+    large, exact, micro = results["accuracy"].values()
+    assert exact == large != micro
+    for (first, tenth), movement in results["equality"].values():
+        assert max(first, tenth) < 1e-9 and movement > 1e-4
+    assert all(drawing.stat().st_size > 0 for drawing in drawings)
+    tables = [row[0] for row in rows_of(capsys.readouterr().out)]
+    assert f"U-Net, {batch_norm.EXACT}" in tables and "U-Net, Adam" in tables
+    assert set(json.loads((tmp_path / "all.json").read_text())) == {"setting", *results}

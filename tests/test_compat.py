@@ -152,3 +152,35 @@ def test_all_layers_are_found_however_deep():
     model = keras.Sequential([keras.Sequential([inner])])
     assert inner in _compat.all_layers(model) and inner not in model.layers
     assert "flatten_layers" not in _public(dir(keras.Model))  # public one day?
+
+
+def test_a_graph_runs_as_keras_runs_it():
+    images, numbers = keras.Input((2, 2), name="images"), keras.Input((3,), name="numbers")
+    dense = keras.layers.Dense(3)
+    joined = keras.layers.Add()([dense(keras.layers.Flatten()(images)), keras.ops.tanh(numbers)])
+    model = keras.Model({"images": images, "numbers": numbers}, {"sum": [joined]})
+    x = {"numbers": np.ones((5, 3)), "images": np.ones((5, 2, 2))}  # neither order nor dtype
+    graph = _compat.graph_of(model)
+    tensors = dict(zip(graph.inputs, _compat.standardized_inputs(model, x), strict=True))
+    for node in graph.nodes:
+        args, kwargs = node.fill_in({key: tensors[key] for key in node.inputs})
+        assert not node.has_mask
+        tensors.update(zip(node.outputs, [node.operation(*args, **kwargs)], strict=True))
+    outputs = _compat.packed_outputs(model, [tensors[key] for key in graph.outputs])
+    np.testing.assert_array_equal(outputs["sum"][0], model(x)["sum"][0])
+    # Public API tells none of it: neither the calls nor their order.
+    assert not any(hasattr(keras.Model, name) for name in ("nodes", "graph", "nodes_by_depth"))
+
+
+def test_a_sequential_model_has_a_graph_and_a_subclass_does_as_it_likes():
+    class Own(keras.Sequential):
+        def call(self, inputs, training=None, mask=None):
+            return inputs
+
+    layers = [keras.Input((3,)), keras.layers.Masking(), keras.layers.Dense(2)]
+    model = keras.Sequential(layers)
+    assert [node.has_mask for node in _compat.graph_of(model).nodes] == [True, True]
+    assert _compat.packed_outputs(model, [1]) == 1
+    assert _compat.is_plain_functional(model)
+    assert not _compat.is_plain_functional(Own(layers))
+    assert not _compat.is_plain_functional(keras.layers.Dense(2))
