@@ -8,12 +8,18 @@ from gradient_accumulator_tf.batch_norm import AccumBatchNorm  # noqa: E402
 from gradient_accumulator_tf.layer_swap import swap_batch_norm  # noqa: E402
 from gradient_accumulator_tf.model import GradientAccumulateModel  # noqa: E402
 from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer  # noqa: E402
+from gradient_accumulator_tf.schedules import (  # noqa: E402
+    AccumStepsSchedule,
+    PiecewiseConstantSteps,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "AccumBatchNorm",
+    "AccumStepsSchedule",
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
+    "PiecewiseConstantSteps",
     "__version__",
     "swap_batch_norm",
 ]

@@ -136,6 +136,17 @@ def sum_variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
     )
 
 
+def counter(name, value=0):
+    """An int64 scalar variable that all replicas keep alike; read outside, and saved, as one."""
+    return tf.Variable(
+        tf.constant(value, tf.int64),
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        name=name,
+    )
+
+
 def _add_to(total, gradient, started):
     """Adds a gradient to the variable `total`, or replaces it where the sum is yet to start.
 
@@ -221,6 +232,8 @@ class GradientAccumulator(tf.Module):
 
     Attributes:
         micro_step: int64 scalar `tf.Variable`, the micro-batches added since the last reset.
+        steps_in_cycle: int64 scalar `tf.Variable`, the micro-batches of a complete cycle, which
+            `begin` sets.
         ever_received: Python set of the indices that got a gradient in any call or trace so far.
     """
 
@@ -230,20 +243,20 @@ class GradientAccumulator(tf.Module):
         self.ever_received = set()
         # Keras builds optimizers while it traces the first training step.
         with tf.init_scope():
-            first = tf.VariableAggregation.ONLY_FIRST_REPLICA
-            self.micro_step = sum_variable((), tf.int64, "micro_step", first)
+            self.micro_step = counter("micro_step")
+            self.steps_in_cycle = counter("steps_in_cycle")
             self._groups = [_Group(self._shapes, "group_0")]
 
     @property
     def variables_from_build(self):
         """List of the variables that are always there: those of the first group."""
         group = self._groups[0]
-        return [self.micro_step, group.weight, group.received, *group.sums]
+        return [self.micro_step, self.steps_in_cycle, group.weight, group.received, *group.sums]
 
     @property
     def state(self):
         """Dict of name to `tf.Variable`: all that a checkpoint in mid-cycle must hold."""
-        state = {"micro_step": self.micro_step}
+        state = {"micro_step": self.micro_step, "steps_in_cycle": self.steps_in_cycle}
         for group in self._groups:
             state[f"{group.name}.weight"] = group.weight
             state[f"{group.name}.received"] = group.received
@@ -255,6 +268,20 @@ class GradientAccumulator(tf.Module):
         self._make_groups(len({name.split(".")[0] for name in state if "." in name}))
         for name, variable in self.state.items():
             variable.assign(state.get(name, tf.zeros_like(variable)))
+
+    def begin(self, steps):
+        """Sets the length of a cycle that has not begun; one that has keeps its own.
+
+        Args:
+            steps: int64 scalar, the micro-batches that it takes.
+        """
+        begun = tf.greater(self.micro_step, 0)
+        self.steps_in_cycle.assign(tf.where(begun, self.steps_in_cycle, steps))
+
+    @property
+    def is_complete(self):
+        """Scalar bool tensor: whether the cycle has all its micro-batches."""
+        return tf.greater_equal(self.micro_step, self.steps_in_cycle)
 
     def add(self, *contributions):
         """Adds one micro-batch: a `Contribution` for each denominator, always in one order."""

@@ -30,6 +30,12 @@ from gradient_accumulator_tf.replicas import (
     number_of_replicas,
     sum_over_replicas,
 )
+from gradient_accumulator_tf.schedules import (
+    check_accum_steps,
+    deserialize_accum_steps,
+    same_accum_steps,
+    serialize_accum_steps,
+)
 
 
 class _MicroStep(NamedTuple):
@@ -113,7 +119,8 @@ class GradientAccumulateModel(keras.Model):
         inputs: Inputs of a functional model, as for `keras.Model`.
         outputs: Its outputs.
         model: A `keras.Model` to train instead: functional, Sequential or subclassed.
-        accum_steps: Integer >= 1, batches per update.
+        accum_steps: Integer >= 1, batches per update; or a schedule of it, as for
+            `GradientAccumulateOptimizer`.
         micro_batch_size: Integer >= 1, examples per micro-batch (per replica).
         batch_norm: With `micro_batch_size`, what trainable batch norms of Keras's
             `BatchNormalization` or `AccumBatchNorm` normalise by: "micro_batch" (default), or
@@ -125,8 +132,8 @@ class GradientAccumulateModel(keras.Model):
         **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
 
     Raises:
-        TypeError: If `accum_steps` or `micro_batch_size` is not an integer, or `model` not a
-            Keras 3 model.
+        TypeError: If `accum_steps` is neither an integer nor a schedule, `micro_batch_size` not
+            an integer, or `model` not a Keras 3 model.
         ValueError: If not exactly one of the two is given, if `batch_norm="exact"` is given with
             `accum_steps`, if `model` is given together with
             `inputs`, `outputs` or a `call` of its own, if `model` overrides a training method,
@@ -152,7 +159,7 @@ class GradientAccumulateModel(keras.Model):
                 "If the effective batch can be loaded at once, pass micro_batch_size."
             )
         if accum_steps is not None:
-            accum_steps = check_positive_int("accum_steps", accum_steps, "batches per update")
+            accum_steps = check_accum_steps(accum_steps, "batches per update")
         else:
             micro_batch_size = check_positive_int(
                 "micro_batch_size", micro_batch_size, "examples per micro-batch"
@@ -176,13 +183,33 @@ class GradientAccumulateModel(keras.Model):
             # Inputs reach the wrapped model as they are; it casts them, or not, by itself.
             kwargs = {"dtype": wrapped.dtype_policy, "autocast": False, **kwargs}
         super().__init__(**kwargs)
-        self.accum_steps = accum_steps
+        self._accum_steps = accum_steps
         self.micro_batch_size = micro_batch_size
         self.batch_norm = batch_norm
         self._exact_batch_norm = None
         self.model = wrapped
         if wrapped is not None:
             self.built = wrapped.built
+
+    @property
+    def accum_steps(self):
+        """Batches per update: the optimizer's, once there is one; None with `micro_batch_size`.
+
+        An integer can be set, between fits or within one; it holds from the next cycle on.
+        """
+        optimizer = self._accumulating_optimizer
+        return self._accum_steps if optimizer is None else optimizer.accum_steps
+
+    @accum_steps.setter
+    def accum_steps(self, value):
+        if self.micro_batch_size is not None:
+            raise ValueError(
+                "`accum_steps` has no meaning with `micro_batch_size`, where each batch of fit is "
+                f"an update. Received: accum_steps={value!r}. Give fit another batch_size instead."
+            )
+        if self._accumulating_optimizer is not None:
+            self._accumulating_optimizer.accum_steps = value
+        self._accum_steps = check_accum_steps(value, "batches per update")
 
     def call(self, inputs, training=None):
         """Calls the wrapped model; a subclass without one defines its own."""
@@ -237,7 +264,7 @@ class GradientAccumulateModel(keras.Model):
         With `accum_steps` a partial cycle at an epoch's end is applied before its validation and
         its `on_epoch_end` callbacks.
         """
-        if self.accum_steps is not None:
+        if self.micro_batch_size is None:
             if isinstance(callbacks, keras.callbacks.CallbackList):
                 flush = FlushAtEpochEnd()
                 flush.set_model(self)
@@ -264,7 +291,8 @@ class GradientAccumulateModel(keras.Model):
         Returns:
             Dict of the metrics' values.
         """
-        if self.accum_steps == 1 and number_of_replicas() == 1:
+        optimizer = self._accumulating_optimizer
+        if optimizer is not None and not optimizer.accumulates:
             with led():
                 logs = super().train_step(data)
             self._end_cycle_of_batch_norms()
@@ -506,7 +534,7 @@ class GradientAccumulateModel(keras.Model):
             inner = optimizer.inner_optimizer
         check_made_under(self.distribute_strategy, inner)
         if isinstance(inner, GradientAccumulateOptimizer):
-            if inner.accum_steps == self.accum_steps:
+            if same_accum_steps(inner.accum_steps, self.accum_steps):
                 return optimizer
             raise ValueError(
                 "The model accumulates, so its optimizer must not do it as well. Received: "
@@ -514,7 +542,7 @@ class GradientAccumulateModel(keras.Model):
                 f"accum_steps={self.accum_steps}, micro_batch_size={self.micro_batch_size}. Pass "
                 "the inner optimizer to `compile`, or the wrapped one to a plain keras.Model."
             )
-        if self.accum_steps is None:
+        if self.micro_batch_size is not None:
             keras_steps = getattr(inner, "gradient_accumulation_steps", None)
             if keras_steps:
                 raise ValueError(
@@ -555,7 +583,7 @@ class GradientAccumulateModel(keras.Model):
             "name": self.name,
             "trainable": self.trainable,
             "model": keras.saving.serialize_keras_object(self.model),
-            "accum_steps": self.accum_steps,
+            "accum_steps": serialize_accum_steps(self.accum_steps),
             "micro_batch_size": self.micro_batch_size,
             "batch_norm": self.batch_norm,
         }
@@ -568,7 +596,8 @@ class GradientAccumulateModel(keras.Model):
         model = keras.saving.deserialize_keras_object(
             config["model"], custom_objects=custom_objects
         )
-        return cls(**{**config, "model": model})
+        steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
+        return cls(**{**config, "model": model, "accum_steps": steps})
 
     def get_build_config(self):
         """None around a model, whose own config says how it is built."""

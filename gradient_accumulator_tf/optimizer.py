@@ -3,39 +3,34 @@
 import contextlib
 import numbers
 import weakref
+from collections.abc import Mapping
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf._checks import check_choice, check_positive_int, refuse_arguments
+from gradient_accumulator_tf._checks import check_choice, check_positive_int
 from gradient_accumulator_tf.accumulator import (
     Contribution,
     GradientAccumulator,
+    counter,
     received_of,
     scale_gradient,
 )
 from gradient_accumulator_tf.conditional import run_on_replicas_if
+from gradient_accumulator_tf.optimizer_wrapper import OptimizerWrapper, check_optimizer
 from gradient_accumulator_tf.replicas import check_made_under, check_strategy, number_of_replicas
-
-
-def _owned_by_inner(name):
-    """A property that reads and sets `name` on the inner optimizer, which alone keeps it."""
-
-    def get(self):
-        return getattr(self.inner_optimizer, name)
-
-    def set_(self, value):
-        # The base class sets its defaults before there is an inner optimizer.
-        if "inner_optimizer" in self.__dict__:
-            setattr(self.inner_optimizer, name, value)
-
-    return property(get, set_, doc=f"The inner optimizer's `{name}`.")
+from gradient_accumulator_tf.schedules import (
+    check_accum_steps,
+    deserialize_accum_steps,
+    serialize_accum_steps,
+    traced,
+)
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
-class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
+class GradientAccumulateOptimizer(OptimizerWrapper):
     """A Keras optimizer that updates once every `accum_steps` calls, with the mean gradient.
 
     The update is that of the inner optimizer on `sum_k w_k g_k / sum_k w_k`, where `g_k` is the
@@ -78,7 +73,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     Args:
         optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
-        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer.
+        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer. Or a
+            schedule: a dict `{first_update: steps}`, or a callable of the number of updates, such
+            as an `AccumStepsSchedule`. A cycle keeps the length that it began with.
         reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`; "sum" with
             `sum_k w_k g_k`, which is the effective batch's gradient if the loss sums over
             examples.
@@ -88,14 +85,16 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     Attributes:
         inner_optimizer: The wrapped optimizer.
-        accum_steps: Micro-batches per update.
+        accum_steps: Micro-batches per update; an integer can be set, between fits or within one.
+        steps_in_cycle: int64 scalar variable, the micro-batches that the current cycle takes.
         reduction: "mean" or "sum".
         iterations: int64 scalar variable, the number of updates.
         micro_step: int64 scalar variable, the micro-batches in the current cycle.
         learning_rate: The inner optimizer's; can be set.
 
     Raises:
-        TypeError: If `accum_steps` is not an integer, or `optimizer` not a Keras 3 optimizer.
+        TypeError: If `accum_steps` is neither an integer nor a schedule that can be traced, or
+            `optimizer` not a Keras 3 optimizer.
         ValueError: If `accum_steps` < 1, the inner optimizer accumulates or scales losses, or
             the strategy in force is a ParameterServerStrategy or CentralStorageStrategy.
 
@@ -105,19 +104,15 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     """
 
     def __init__(self, optimizer, accum_steps, reduction="mean", name=None, **kwargs):
-        accum_steps = check_positive_int("accum_steps", accum_steps, "micro-batches per update")
+        accum_steps = check_accum_steps(accum_steps, "micro-batches per update")
         check_choice("reduction", reduction, ("mean", "sum"))
-        refuse_arguments(
-            "GradientAccumulateOptimizer",
-            kwargs,
-            "Pass them to the inner optimizer, where they act once per update: "
-            "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8).",
-        )
         optimizer = _checked_inner_optimizer(optimizer)
         check_strategy()
-        super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = optimizer
-        self._accum_steps = accum_steps
+        example = "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8)"
+        super().__init__(optimizer, name, kwargs, example)
+        self._accum_steps = self._first_accum_steps = accum_steps
+        self._schedule = _hidden(traced(accum_steps)) if callable(accum_steps) else None
+        self._next_steps = None
         self._reduction = reduction
         self._accumulator = None
         self._loss_scaler = None
@@ -126,20 +121,58 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._state_to_load = None
         self._strategy = tf.distribute.get_strategy()
 
-    weight_decay = _owned_by_inner("weight_decay")
-    clipnorm = _owned_by_inner("clipnorm")
-    clipvalue = _owned_by_inner("clipvalue")
-    global_clipnorm = _owned_by_inner("global_clipnorm")
-    loss_scale_factor = _owned_by_inner("loss_scale_factor")
-    use_ema = _owned_by_inner("use_ema")
-    ema_momentum = _owned_by_inner("ema_momentum")
-    ema_overwrite_frequency = _owned_by_inner("ema_overwrite_frequency")
-    learning_rate = _owned_by_inner("learning_rate")
-
     @property
     def accum_steps(self):
-        """Micro-batches per update."""
+        """Micro-batches per update: an integer, which can be set, or a schedule.
+
+        What is set holds from the next cycle on, without a new trace.
+
+        Raises:
+            TypeError: On setting it to anything but an integer, or in place of a schedule.
+            ValueError: On setting it to less than 1, or to more where the optimizer was built
+                with `accum_steps=1`, which keeps no sums.
+        """
+        if self._next_steps is not None:
+            with tf.init_scope():
+                return int(self._next_steps.numpy())
         return self._accum_steps
+
+    @accum_steps.setter
+    def accum_steps(self, value):
+        if self._schedule is not None or callable(value) or isinstance(value, Mapping):
+            raise TypeError(
+                "`accum_steps` can be set to an integer, if it was one: a schedule is for the "
+                f"constructor. Received: accum_steps={value!r}, in place of {self._accum_steps!r}. "
+                f"Compile with {type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), "
+                "which keeps the inner optimizer's state."
+            )
+        value = check_positive_int("accum_steps", value, "micro-batches per update")
+        if self.built and self._accumulator is None and value > 1:
+            raise ValueError(
+                "An optimizer that was built with accum_steps=1 keeps no sums, and cannot begin to "
+                f"accumulate. Received: accum_steps={value}. Compile with {type(self).__name__}("
+                f"optimizer.inner_optimizer, accum_steps={value}), which keeps the inner "
+                "optimizer's state; or begin with the schedule accum_steps={0: 1, ...}."
+            )
+        self._accum_steps = value
+        if self._next_steps is not None:
+            self._next_steps.assign(value)
+
+    @property
+    def steps_in_cycle(self):
+        """int64 scalar variable: micro-batches in the current cycle once it is complete.
+
+        Between cycles it is the last one's; 0 before the first. The integer 1 if the optimizer
+        keeps no sums (`accum_steps=1`).
+        """
+        return 1 if self._accumulator is None else self._accumulator.steps_in_cycle
+
+    @property
+    def accumulates(self):
+        """Whether sums are kept, which one micro-batch per update on one replica does without."""
+        if self.built:
+            return self._accumulator is not None
+        return self._accum_steps != 1 or number_of_replicas() > 1
 
     @property
     def reduction(self):
@@ -147,19 +180,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         return self._reduction
 
     @property
-    def iterations(self):
-        """int64 scalar variable: the number of updates, never of micro-steps."""
-        return self.inner_optimizer.iterations
-
-    @property
     def micro_step(self):
         """int64 scalar variable: micro-batches in the current cycle (0 before `build`)."""
         return 0 if self._accumulator is None else self._accumulator.micro_step
-
-    @property
-    def optimizers(self):
-        """The inner `MultiOptimizer`'s list; callbacks look for it. AttributeError otherwise."""
-        return self.inner_optimizer.optimizers
 
     @property
     def variables(self):
@@ -168,8 +191,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         A `LossScaleOptimizer` saves them by number. The sums for further denominators, which
         come with the losses that need them, are saved by name in `save_own_variables`.
         """
-        own = [] if self._accumulator is None else self._accumulator.variables_from_build
-        return self.inner_optimizer.variables + own
+        if self._accumulator is None:
+            return self.inner_optimizer.variables
+        steps = [] if self._next_steps is None else [self._next_steps]
+        cycle = self._accumulator.variables_from_build
+        return [*self.inner_optimizer.variables, *steps, *cycle]
 
     def build(self, variables):
         """Creates the inner optimizer's variables and one accumulator per trainable variable.
@@ -191,8 +217,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             _compat.variable_key(self, v): i for i, v in enumerate(variables)
         }
         # Replicas do not clip or check what is not summed yet, nor weigh their own share alone.
-        if self._accum_steps > 1 or number_of_replicas() > 1:
+        if self.accumulates:
             self._accumulator = GradientAccumulator(variables)
+            if self._schedule is None:
+                with tf.init_scope():
+                    self._next_steps = counter("accum_steps", self._accum_steps)
         self.built = True
         if self._state_to_load is not None:
             # Once and now, also where Keras builds the optimizer in a graph.
@@ -264,10 +293,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 [g if g is None else scale_gradient(g, factor, g.dtype) for g in only.gradients]
             )
             return
+        self._accumulator.begin(self._steps_of_next_cycle())
         self._accumulator.add(*contributions)
         certain = [received_of(c) for c in contributions]
         run_on_replicas_if(
-            lambda: tf.greater_equal(self._accumulator.micro_step, self._accum_steps),
+            lambda: self._accumulator.is_complete,
             lambda run: self._update(run, certain),
         )
 
@@ -313,38 +343,23 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         """
         self._loss_scaler = weakref.ref(loss_scaler)
 
-    def scale_loss(self, loss):
-        """The loss, scaled as the inner optimizer wants it."""
-        return self.inner_optimizer.scale_loss(loss)
-
     def finalize_variable_values(self, var_list):
         """Flushes a partial cycle, then finalizes the inner optimizer; `fit` calls it last."""
         self.flush()
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        """Passed on to the inner optimizer."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
-
-    def set_weights(self, weights):
-        """Sets `variables` from a list of arrays in the same order."""
-        if len(weights) != len(self.variables):
-            raise ValueError(
-                f"`weights` must have one array for each of the optimizer's {len(self.variables)} "
-                f"variables. Received: {len(weights)} arrays. Is the optimizer built?"
-            )
-        for variable, weight in zip(self.variables, weights, strict=True):
-            variable.assign(weight)
-
     def save_own_variables(self, store):
         """Writes the inner optimizer's state as it would itself and, in mid-cycle, the cycle's.
 
-        A file written between cycles is thus the inner optimizer's own, and loads into it.
+        A file written between cycles is thus the inner optimizer's own, and loads into it, unless
+        there is more to tell: `accum_steps`, if it was set.
         """
         self.inner_optimizer.save_own_variables(store)
         if self._accumulator is not None and int(self._accumulator.micro_step.numpy()):
             for name, variable in self._accumulator.state.items():
                 store[name] = variable.numpy()
+        if self._next_steps is not None and self.accum_steps != self._first_accum_steps:
+            store["accum_steps"] = self._next_steps.numpy()
 
     def load_own_variables(self, store):
         """Reads what this optimizer or its inner optimizer wrote; before `build`, at `build`."""
@@ -353,28 +368,22 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             self._load_state(state)
         else:
             self._state_to_load = state
+            if self._schedule is None:
+                self._accum_steps = int(state.get("accum_steps", self._accum_steps))
 
     def get_config(self):
         """Config with the serialised inner optimizer."""
         return {
-            "name": self.name,
-            "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-            "accum_steps": self._accum_steps,
+            **super().get_config(),
+            "accum_steps": serialize_accum_steps(self.accum_steps),
             "reduction": self._reduction,
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """The reverse of `get_config`."""
-        config = dict(config)
-        config["optimizer"] = keras.saving.deserialize_keras_object(
-            config["optimizer"], custom_objects=custom_objects
-        )
-        return cls(**config)
-
-    def __dir__(self):
-        # Keras saves what it finds here; the inner optimizer's state is in `save_own_variables`.
-        return [name for name in super().__dir__() if name != "inner_optimizer"]
+        steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
+        return super().from_config({**config, "accum_steps": steps}, custom_objects)
 
     def _aligned(self, grads, variables):
         """The gradients in the order of the variables that the optimizer was built with."""
@@ -412,6 +421,14 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             seen.add(index)
             aligned[index] = gradient
         return aligned
+
+    def _steps_of_next_cycle(self):
+        """int64 scalar tensor: the micro-batches of a cycle that begins now."""
+        if self._schedule is None:
+            return self._next_steps.value()
+        updates = tf.cast(tf.convert_to_tensor(self.iterations), tf.int64)
+        # A schedule that was at least 1 where it was probed may not be so everywhere.
+        return tf.maximum(tf.cast(self._schedule(updates), tf.int64), 1)
 
     def _in_strategy(self):
         """The scope of the strategy that the variables were made in, where none is entered."""
@@ -472,38 +489,24 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         # The inner optimizer names its variables "0", "1", ...
         own = {name: value for name, value in state.items() if not name.isdecimal()}
         self.inner_optimizer.load_own_variables({k: v for k, v in state.items() if k not in own})
+        if self._next_steps is not None and "accum_steps" in own:
+            self._next_steps.assign(own["accum_steps"])
         if self._accumulator is not None:
             self._accumulator.load(own)
 
 
+def _hidden(function):
+    """The same function, as one that a checkpoint does not take for state."""
+    return lambda *args: function(*args)
+
+
 def _checked_inner_optimizer(optimizer):
     """The Keras optimizer that `optimizer` names, or an error that says what to pass."""
-    if not isinstance(optimizer, (str, dict, keras.optimizers.Optimizer)):
-        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-        legacy = "tf_keras" in kind or "legacy" in kind or kind.startswith("tensorflow.python")
-        raise TypeError(
-            "`optimizer` must be a Keras 3 optimizer, its name, or its config. "
-            f"Received: {optimizer!r} (of type {kind}). "
-            + (
-                "Optimizers of tf_keras (Keras 2), tf.compat.v1 or keras.optimizers.legacy "
-                "cannot be wrapped: pass the one of the same name from `keras.optimizers`."
-                if legacy
-                else 'Pass for example keras.optimizers.Adam(1e-3) or "adam".'
-            )
-        )
-    optimizer = keras.optimizers.get(optimizer)
+    optimizer = check_optimizer(optimizer, "LossScaleOptimizer(GradientAccumulateOptimizer(...))")
     if isinstance(optimizer, GradientAccumulateOptimizer):
         raise ValueError(
             "`optimizer` must not be a GradientAccumulateOptimizer itself. Received: one with "
             f"accum_steps={optimizer.accum_steps}. Wrap once, with the product of the two."
-        )
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            "`optimizer` must not be a LossScaleOptimizer, whose place is outside. "
-            "Received: a LossScaleOptimizer around "
-            f"{type(optimizer.inner_optimizer).__name__}. Put it outside: "
-            "LossScaleOptimizer(GradientAccumulateOptimizer(...)), which `compile` does by "
-            "itself under the mixed_float16 policy. It acts once per update all the same."
         )
     for inner in getattr(optimizer, "optimizers", [optimizer]):
         if inner.gradient_accumulation_steps:

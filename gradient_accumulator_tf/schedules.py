@@ -1,0 +1,203 @@
+"""How many micro-batches an update takes, as a function of the update."""
+
+import numbers
+from collections.abc import Mapping
+
+import keras
+import tensorflow as tf
+
+from gradient_accumulator_tf._checks import check_positive_int
+
+# A schedule is asked for these updates when it is made: mistakes show before the training.
+_PROBED_UPDATES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+
+
+class AccumStepsSchedule:
+    """Base class of schedules of `accum_steps`, as `LearningRateSchedule` is of learning rates.
+
+    A subclass computes the micro-batches that an update takes from the number of updates before
+    it. `__call__` is traced into the training step, so it is to be written with `keras.ops` or
+    TensorFlow; a plain `if` on the update becomes a conditional. Give it a `get_config` and
+    register it, and it is saved with the optimizer and the model.
+
+    ```python
+    @keras.saving.register_keras_serializable(package="my_package")
+    class Doubling(AccumStepsSchedule):
+        def __init__(self, every):
+            self.every = every
+
+        def __call__(self, update):
+            return 2 ** keras.ops.minimum(update // self.every, 5)
+
+        def get_config(self):
+            return {"every": self.every}
+
+    optimizer = GradientAccumulateOptimizer("adam", accum_steps=Doubling(every=1000))
+    ```
+    """
+
+    def __call__(self, update):
+        """Micro-batches that an update takes.
+
+        Args:
+            update: int64 scalar tensor, the number of updates before it.
+
+        Returns:
+            Integer >= 1, or an integer scalar tensor.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `__call__(self, update)`, which returns the "
+            "micro-batches that an update takes."
+        )
+
+    def get_config(self):
+        """Keyword arguments of the constructor."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `get_config(self)` to be saved: a dict of its "
+            "constructor's arguments."
+        )
+
+    @classmethod
+    def from_config(cls, config):
+        """The reverse of `get_config`."""
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
+class PiecewiseConstantSteps(AccumStepsSchedule):
+    """`accum_steps` that stays the same between some updates.
+
+    `accum_steps={0: 1, 1000: 4}` is short for it.
+
+    ```python
+    steps = PiecewiseConstantSteps({0: 1, 1000: 4, 5000: 16})
+    assert [int(steps(update)) for update in (0, 999, 1000, 9999)] == [1, 1, 4, 16]
+    ```
+
+    Args:
+        steps: Dict of the steps (integer >= 1) by the update that they begin with (integer >= 0),
+            in any order. It must say what update 0 takes.
+
+    Raises:
+        TypeError: If `steps` is not a dict, or a key or value is not an integer.
+        ValueError: If an update is negative, a number of steps < 1, or update 0 missing.
+    """
+
+    def __init__(self, steps):
+        rule = (
+            "`accum_steps` as a dict must map the first update (integer >= 0) of each phase to its "
+            "steps (integer >= 1)"
+        )
+        if isinstance(steps, (list, tuple)):
+            steps = dict(steps)  # as in the config, since JSON has no integers for keys
+        if not isinstance(steps, Mapping):
+            raise TypeError(f"{rule}. Received: {steps!r}. Pass for example {{0: 1, 1000: 8}}.")
+        for update in steps:
+            if isinstance(update, bool) or not isinstance(update, numbers.Integral):
+                raise TypeError(
+                    f"{rule}. Received: the update {update!r} (of type {type(update).__name__}). "
+                    "Pass for example {0: 1, 1000: 8}."
+                )
+        if not steps or min(steps) != 0:
+            raise ValueError(
+                f"{rule}, and begin with update 0. Received: accum_steps={dict(steps)!r}. Pass for "
+                "example {0: 1, 1000: 8}."
+            )
+        self.steps = {
+            int(update): check_positive_int("accum_steps", steps[update], f"from update {update}")
+            for update in sorted(steps)
+        }
+
+    def __call__(self, update):
+        """Steps of the phase that an update is in; see the base class."""
+        begun = tf.cast(update, tf.int64) >= tf.constant(list(self.steps), tf.int64)
+        phase = tf.reduce_sum(tf.cast(begun, tf.int32)) - 1
+        return tf.gather(tf.constant(list(self.steps.values()), tf.int64), phase)
+
+    def __repr__(self):
+        return f"PiecewiseConstantSteps({self.steps})"
+
+    def get_config(self):
+        """The phases, as pairs."""
+        return {"steps": [list(phase) for phase in self.steps.items()]}
+
+
+def check_accum_steps(value, meaning):
+    """Returns `value` as an int or as a callable, or raises if it is no number of steps.
+
+    Args:
+        value: An integer, a mapping, or a callable.
+        meaning: What one step is, for the message ("micro-batches per update").
+
+    Raises:
+        TypeError: If it is of another type, or a callable that does not return an integer or
+            cannot be traced.
+        ValueError: If it is, or returns, something smaller than 1.
+    """
+    if isinstance(value, Mapping):
+        return PiecewiseConstantSteps(value)
+    if not callable(value):
+        return check_positive_int("accum_steps", value, meaning)
+    rule = (
+        "A schedule of `accum_steps` must take the number of updates and return an integer >= 1 "
+        f"({meaning})."
+    )
+    if isinstance(value, type):
+        raise TypeError(f"{rule} Received: the class {value.__name__}. Pass an instance of it.")
+    try:
+        at = traced(value)
+        probes = {update: at(tf.constant(update, tf.int64)) for update in _PROBED_UPDATES}
+    except Exception as error:
+        kind = type(error).__name__
+        reason = str(error).strip().split("\n")[-1].strip().removeprefix(f"{kind}: ")
+        raise TypeError(
+            f"{rule} It is traced into the training step. Received: {value!r}, which raised "
+            f"{kind}: {reason} Write it with keras.ops, or pass a dict such as {{0: 1, 1000: 8}}."
+        ) from error
+    for update, steps in probes.items():
+        if not steps.dtype.is_integer or steps.shape.rank != 0:
+            raise TypeError(
+                f"{rule} Received: {value!r}, which returned {steps.numpy()!r} of dtype "
+                f"{steps.dtype.name} and shape {steps.shape}. Cast it to an integer."
+            )
+        if int(steps) < 1:
+            raise ValueError(
+                f"{rule} Received: {value!r}, which returned {int(steps)} for update {update}. "
+                "Return 1 for no accumulation."
+            )
+    return value
+
+
+def traced(schedule):
+    """A function of an int64 scalar that returns what `schedule` does, as a tensor.
+
+    The same in a loop, in a graph and under XLA: traced once, with AutoGraph.
+    """
+    return tf.function(
+        lambda update: tf.convert_to_tensor(schedule(update)),
+        input_signature=[tf.TensorSpec((), tf.int64)],
+    )
+
+
+def serialize_accum_steps(value):
+    """An int (or None) as it is, a schedule as Keras's config of it."""
+    return (
+        value
+        if value is None or isinstance(value, int)
+        else keras.saving.serialize_keras_object(value)
+    )
+
+
+def deserialize_accum_steps(config, custom_objects=None):
+    """The reverse of `serialize_accum_steps`."""
+    if not isinstance(config, dict) or "class_name" not in config:
+        return config
+    return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
+
+
+def same_accum_steps(a, b):
+    """Whether two values that `check_accum_steps` returned say the same."""
+    if a is b or a == b:
+        return True
+    schedules = isinstance(a, AccumStepsSchedule) and type(a) is type(b)
+    return schedules and a.get_config() == b.get_config()
