@@ -6,6 +6,10 @@ _check_installation()
 
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm  # noqa: E402
 from gradient_accumulator_tf.layer_swap import swap_batch_norm  # noqa: E402
+from gradient_accumulator_tf.learning_rate import (  # noqa: E402
+    ScaledLearningRate,
+    scale_learning_rate,
+)
 from gradient_accumulator_tf.model import GradientAccumulateModel  # noqa: E402
 from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer  # noqa: E402
 from gradient_accumulator_tf.schedules import (  # noqa: E402
@@ -20,6 +24,8 @@ __all__ = [
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "PiecewiseConstantSteps",
+    "ScaledLearningRate",
     "__version__",
+    "scale_learning_rate",
     "swap_batch_norm",
 ]
