@@ -234,6 +234,7 @@ class GradientAccumulator(tf.Module):
         micro_step: int64 scalar `tf.Variable`, the micro-batches added since the last reset.
         steps_in_cycle: int64 scalar `tf.Variable`, the micro-batches of a complete cycle, which
             `begin` sets.
+        dropped: float64 scalar `tf.Variable`, how many of these were added as nothing.
         ever_received: Python set of the indices that got a gradient in any call or trace so far.
     """
 
@@ -245,18 +246,24 @@ class GradientAccumulator(tf.Module):
         with tf.init_scope():
             self.micro_step = counter("micro_step")
             self.steps_in_cycle = counter("steps_in_cycle")
+            self.dropped = sum_variable((), tf.float64, "dropped")
             self._groups = [_Group(self._shapes, "group_0")]
 
     @property
     def variables_from_build(self):
         """List of the variables that are always there: those of the first group."""
         group = self._groups[0]
-        return [self.micro_step, self.steps_in_cycle, group.weight, group.received, *group.sums]
+        cycle = [self.micro_step, self.steps_in_cycle, self.dropped]
+        return [*cycle, group.weight, group.received, *group.sums]
 
     @property
     def state(self):
         """Dict of name to `tf.Variable`: all that a checkpoint in mid-cycle must hold."""
-        state = {"micro_step": self.micro_step, "steps_in_cycle": self.steps_in_cycle}
+        state = {
+            "micro_step": self.micro_step,
+            "steps_in_cycle": self.steps_in_cycle,
+            "dropped": self.dropped,
+        }
         for group in self._groups:
             state[f"{group.name}.weight"] = group.weight
             state[f"{group.name}.received"] = group.received
@@ -283,8 +290,14 @@ class GradientAccumulator(tf.Module):
         """Scalar bool tensor: whether the cycle has all its micro-batches."""
         return tf.greater_equal(self.micro_step, self.steps_in_cycle)
 
-    def add(self, *contributions):
-        """Adds one micro-batch: a `Contribution` for each denominator, always in one order."""
+    def add(self, *contributions, dropped=None):
+        """Adds one micro-batch.
+
+        Args:
+            *contributions: A `Contribution` for each denominator, always in one order.
+            dropped: float64 scalar, 1 if they were made to count for nothing; None if they never
+                are.
+        """
         present = sorted(set().union(*map(received_of, contributions)))
         if not present:
             raise ValueError(
@@ -301,6 +314,8 @@ class GradientAccumulator(tf.Module):
         with tf.control_dependencies(ready):
             for group, contribution in zip(self._groups, contributions, strict=False):
                 group.add(*contribution)
+            if dropped is not None:
+                self.dropped.assign_add(dropped)
             self.micro_step.assign_add(1)
 
     def any_received(self, indices):
@@ -311,15 +326,17 @@ class GradientAccumulator(tf.Module):
         """For each group, the set of variables that got a gradient in this cycle; eagerly."""
         return [set(tf.where(g.received)[:, 0].numpy().tolist()) for g in self._groups]
 
-    def mean(self, indices, certain=()):
-        """List of the mean gradients of the variables `indices`; None for every other one.
-
-        Over all replicas, which talk to each other here and nowhere else.
+    def result(self, indices, certain=()):
+        """What the cycle holds over all replicas, which talk to each other here and nowhere else.
 
         Args:
             indices: Indices of variables.
             certain: For each group, a set of those that got a gradient in this cycle for
                 certain. Those of other groups are looked up.
+
+        Returns:
+            List of the mean gradients of the variables `indices`, None for every other one; and
+            a float64 scalar, `dropped`.
         """
         indices = set(indices)
         certain = [*certain, *[set()] * (len(self._groups) - len(certain))]
@@ -333,11 +350,13 @@ class GradientAccumulator(tf.Module):
             )
             for group, known in zip(self._groups, certain, strict=True)
         ]
-        return sum_of_means(sum_over_replicas(groups))
+        groups, dropped = sum_over_replicas((groups, self.dropped.value()))
+        return sum_of_means(groups), dropped
 
     def reset(self):
         """Starts a new cycle."""
         self.micro_step.assign(tf.zeros_like(self.micro_step))
+        self.dropped.assign(tf.zeros_like(self.dropped))
         for group in self._groups:
             group.reset()
 

@@ -55,6 +55,10 @@ class _Pool(tf.Module):
             square = variance + offset**2
             # A replica without examples has no mean.
             empty = tf.equal(count, 0)
+            if _leader.finite_only:
+                finite = tf.math.is_finite(mean) & tf.math.is_finite(variance)
+                empty |= tf.logical_not(tf.reduce_all(finite))
+                count = tf.where(empty, tf.zeros_like(count), count)
             self.first.assign_add(tf.where(empty, tf.zeros_like(offset), count * offset))
             self.second.assign_add(tf.where(empty, tf.zeros_like(square), count * square))
             self.count.assign_add(count)
@@ -77,19 +81,25 @@ class _Leader(threading.local):
     """What this thread, which may be a replica's, is tracing: see `led`."""
 
     active = False
+    finite_only = False
 
 
 _leader = _Leader()
 
 
 @contextlib.contextmanager
-def led():
-    """Within this context AccumBatchNorm layers leave it to the caller to end their cycle."""
-    previous, _leader.active = _leader.active, True
+def led(finite_only=False):
+    """Within this context AccumBatchNorm layers leave it to the caller to end their cycle.
+
+    Args:
+        finite_only: Whether they leave out statistics that are not finite.
+    """
+    previous = _leader.active, _leader.finite_only
+    _leader.active, _leader.finite_only = True, finite_only
     try:
         yield
     finally:
-        _leader.active = previous
+        _leader.active, _leader.finite_only = previous
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")

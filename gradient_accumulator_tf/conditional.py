@@ -23,23 +23,36 @@ def run_if(condition, function):
         tf.cond(condition, branch, lambda: tf.constant(False))
 
 
-def run_on_replicas_if(is_due, action):
-    """Calls `action(run)` if `is_due()`; `run(function)` then runs a function on every replica.
+def across_replicas(action, *args):
+    """Calls `action(run, *args)` where a conditional may hold what synchronises replicas.
 
-    To be called on every replica, or outside of them. The functions may talk to other replicas.
+    `run(function, args=())` then runs a function on every replica. To be called on every replica,
+    or outside of them.
+
+    Args:
+        action: Function that takes `run` and `args`.
+        *args: Nested structures of tensors and None, of each replica's own; `run` hands them on.
+    """
+
+    def run(function, args=()):
+        return function(*args)
+
+    # A replica may not synchronise in a conditional; one outside the replicas may run them.
+    if tf.distribute.in_cross_replica_context():
+        action(tf.distribute.get_strategy().extended.call_for_each_replica, *args)
+    elif number_of_replicas() == 1 or _compat.replicas_need_no_merge_call():
+        action(run, *args)
+    else:
+        tf.distribute.get_replica_context().merge_call(
+            lambda strategy, *args: action(strategy.extended.call_for_each_replica, *args), args
+        )
+
+
+def run_on_replicas_if(is_due, action):
+    """Calls `action(run)` across replicas if `is_due()`; the functions may talk to other replicas.
 
     Args:
         is_due: Function that returns a scalar bool tensor, the same on all replicas.
-        action: Function that takes `run`.
+        action: Function that takes `run`; see `across_replicas`.
     """
-
-    # A replica may not synchronise in a conditional; one outside the replicas may run them.
-    def across_replicas(strategy):
-        run_if(is_due(), lambda: action(strategy.extended.call_for_each_replica))
-
-    if tf.distribute.in_cross_replica_context():
-        across_replicas(tf.distribute.get_strategy())
-    elif number_of_replicas() == 1 or _compat.replicas_need_no_merge_call():
-        run_if(is_due(), lambda: action(lambda function: function()))
-    else:
-        tf.distribute.get_replica_context().merge_call(across_replicas)
+    across_replicas(lambda run: run_if(is_due(), lambda: action(run)))

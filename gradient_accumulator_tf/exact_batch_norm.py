@@ -45,7 +45,9 @@ class ExactBatchNorm:
         self._stages = cut(self._graph)
         self._training = _Training(name="training", dtype=model.dtype_policy, autocast=False)
 
-    def gradients(self, batch, micro_batch_size, variables, denominators, differentiate):
+    def gradients(
+        self, batch, micro_batch_size, variables, denominators, differentiate, finite_only=False
+    ):
         """Runs forward and backward over all micro-batches; updates the moving statistics.
 
         Args:
@@ -58,6 +60,7 @@ class ExactBatchNorm:
             differentiate: Function of `(predict, micro_batch, totals)`, where `totals` is that
                 sum on an average replica. Returns (persistent tape, targets, their output
                 gradients, scalars to add up, anything).
+            finite_only: Whether to leave moving statistics alone that would not be finite.
 
         Returns:
             List with a gradient or None for each variable, the sum of the scalars, both of this
@@ -76,7 +79,7 @@ class ExactBatchNorm:
                 i = positions[id(v)]
                 if gradient is not None:
                     gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
-        self._update_moving_statistics(state)
+        self._update_moving_statistics(state, finite_only)
         return gradients, sums, rest
 
     def _forward(self, stage, state):
@@ -247,7 +250,7 @@ class ExactBatchNorm:
                 'Make it an output with a loss of its own, or pass batch_norm="micro_batch".'
             )
 
-    def _update_moving_statistics(self, state):
+    def _update_moving_statistics(self, state, finite_only):
         for node in self._graph.nodes:
             if not node.waits:
                 continue
@@ -258,6 +261,8 @@ class ExactBatchNorm:
                 new = old * layer.momentum + value * (1.0 - layer.momentum)
                 # A replica without examples has no mean.
                 new = tf.where(tf.equal(state.counts[node], 0), old, new)
+                if finite_only:
+                    new = tf.where(tf.reduce_all(tf.math.is_finite(new)), new, old)
                 variable.assign(tf.cast(new, variable.dtype))
 
 

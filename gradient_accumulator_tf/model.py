@@ -11,6 +11,7 @@ from gradient_accumulator_tf._checks import check_choice, check_positive_int
 from gradient_accumulator_tf.accumulator import add_to_sums, sum_of_means, zero_sums
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm, led
 from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
+from gradient_accumulator_tf.conditional import across_replicas
 from gradient_accumulator_tf.exact_batch_norm import ExactBatchNorm
 from gradient_accumulator_tf.graph_cuts import has_batch_statistics
 from gradient_accumulator_tf.loss_weights import (
@@ -23,6 +24,15 @@ from gradient_accumulator_tf.loss_weights import (
     with_coefficients,
 )
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
+from gradient_accumulator_tf.non_finite import (
+    DROP_MICRO_BATCH,
+    PROPAGATE,
+    Drops,
+    LogDrops,
+    check_non_finite,
+    without_non_finite,
+    zero_unless,
+)
 from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer
 from gradient_accumulator_tf.replicas import (
     check_made_under,
@@ -129,6 +139,9 @@ class GradientAccumulateModel(keras.Model):
             moving statistics included. It is for functional and Sequential models, and keeps what
             batch norms wait with for all examples of the effective batch, about a third of what
             the large batch keeps.
+        non_finite: "propagate" (default), "drop_micro_batch" or "drop_cycle"; as for
+            `GradientAccumulateOptimizer`. What was dropped is in the logs of an epoch, whose loss
+            is then the mean over what was finite.
         **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
 
     Raises:
@@ -149,6 +162,7 @@ class GradientAccumulateModel(keras.Model):
         accum_steps=None,
         micro_batch_size=None,
         batch_norm="micro_batch",
+        non_finite="propagate",
         **kwargs,
     ):
         if (accum_steps is None) == (micro_batch_size is None):
@@ -177,6 +191,13 @@ class GradientAccumulateModel(keras.Model):
                 'batch_norm="exact" needs the whole effective batch in each step. Received: '
                 f"accum_steps={accum_steps}. Pass micro_batch_size instead."
             )
+        check_non_finite(non_finite)
+        if batch_norm == "exact" and non_finite == DROP_MICRO_BATCH:
+            raise ValueError(
+                'With batch_norm="exact" every example depends on all others, so no micro-batch '
+                f"can be dropped alone. Received: non_finite={non_finite!r}. Pass "
+                'non_finite="drop_cycle" instead.'
+            )
         check_strategy()
         wrapped = _wrapped_model(type(self), inputs, outputs, model, kwargs)
         if wrapped is not None:
@@ -187,6 +208,9 @@ class GradientAccumulateModel(keras.Model):
         self.micro_batch_size = micro_batch_size
         self.batch_norm = batch_norm
         self._exact_batch_norm = None
+        self.non_finite = non_finite
+        within_step = micro_batch_size is not None and non_finite != PROPAGATE
+        self._drops = Drops() if within_step else None
         self.model = wrapped
         if wrapped is not None:
             self.built = wrapped.built
@@ -210,6 +234,16 @@ class GradientAccumulateModel(keras.Model):
         if self._accumulating_optimizer is not None:
             self._accumulating_optimizer.accum_steps = value
         self._accum_steps = check_accum_steps(value, "batches per update")
+
+    @property
+    def dropped_micro_steps(self):
+        """int64 scalar variable: micro-batches dropped so far (0 if none can be)."""
+        return getattr(self._drops or self._accumulating_optimizer, "dropped_micro_steps", 0)
+
+    @property
+    def dropped_cycles(self):
+        """int64 scalar variable: cycles dropped so far (0 if none can be)."""
+        return getattr(self._drops or self._accumulating_optimizer, "dropped_cycles", 0)
 
     def call(self, inputs, training=None):
         """Calls the wrapped model; a subclass without one defines its own."""
@@ -264,13 +298,14 @@ class GradientAccumulateModel(keras.Model):
         With `accum_steps` a partial cycle at an epoch's end is applied before its validation and
         its `on_epoch_end` callbacks.
         """
-        if self.micro_batch_size is None:
-            if isinstance(callbacks, keras.callbacks.CallbackList):
-                flush = FlushAtEpochEnd()
-                flush.set_model(self)
-                callbacks.callbacks.insert(0, flush)
-            else:
-                callbacks = [FlushAtEpochEnd(), *tf.nest.flatten(callbacks or [])]
+        own = [FlushAtEpochEnd()] if self.micro_batch_size is None else []
+        own += [LogDrops()] if self.non_finite != PROPAGATE else []
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            for callback in own:
+                callback.set_model(self)
+            callbacks.callbacks[:0] = own
+        elif own:
+            callbacks = [*own, *tf.nest.flatten(callbacks or [])]
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
 
     def flush(self):
@@ -348,37 +383,47 @@ class GradientAccumulateModel(keras.Model):
     def _train_within_step(self, data):
         variables = self.trainable_weights
         examples = batch_size(data)
-        total = sum_over_replicas(tf.cast(examples, tf.float64)) / number_of_replicas()
+        drops = self.non_finite == DROP_MICRO_BATCH
+        total = None  # what will be left of the effective batch, if some of it may be dropped
+        if not drops:
+            total = sum_over_replicas(tf.cast(examples, tf.float64)) / number_of_replicas()
 
         if self._exact_batch_norm is not None:
             sums, logs = self._sum_of_exact(data, total, variables)
         else:
             sums, logs = self._sum_of_micro_steps(data, total, variables)
-        groups, losses = sum_over_replicas(sums)
+        groups, (losses, counts) = sum_over_replicas(sums)
         if groups:
             # Under a strategy, what averages was divided by the number of replicas.
-            means = sum_of_means(
-                [(g, None if w is None else w / number_of_replicas()) for g, w in groups]
+            self._update(
+                sum_of_means(
+                    [(g, None if w is None else w / number_of_replicas()) for g, w in groups]
+                ),
+                counts or (tf.zeros((), tf.float64), tf.ones((), tf.float64)),
             )
-            # The graph of a step also runs in the call that finds the data at its end: without
-            # its gradients, the update must not count.
-            with (
-                tf.control_dependencies([g for g in means if g is not None]),
-                _compat.replicas_agree(self.optimizer),
-            ):
-                self.optimizer.apply_gradients(zip(means, variables, strict=True))
         loss, values = loss_from_sums(losses)
+        if drops:
+            left = losses[-1][-1] / number_of_replicas()
+            return self._with_loss(logs, (loss, left), [(value, left) for value in values])
         # Keras weights these by the batch size where it is static, so as the large batch does.
         weight = examples if isinstance(examples, int) else None
         return self._with_loss(logs, (loss, examples), [(value, weight) for value in values])
 
     def _sum_of_micro_steps(self, data, total, variables):
         """Sums of what all micro-steps found, and the logs of the last."""
+        drops = self.non_finite == DROP_MICRO_BATCH
 
         def step(micro_batch):
-            step = self._micro_step(micro_batch, total)
+            step = self._micro_step(micro_batch, total, within_step=True)
             losses = loss_sums(step.loss, step.terms, step.weight, step.share)
-            return ([(g.gradients, g.weight) for g in step.groups], losses), [], step.logs
+            groups, dropped = step.groups, None
+            if drops:
+                groups, dropped = without_non_finite(groups)
+                finite = tf.math.is_finite(step.loss)
+                losses = tf.nest.map_structure(lambda v: zero_unless(finite, v), losses)
+            counts = None if dropped is None else (dropped, tf.ones_like(dropped))
+            groups = [(g.gradients, g.weight) for g in groups]
+            return (groups, (losses, counts)), [], step.logs
 
         sums, _, logs = sum_over_micro_batches(
             step,
@@ -394,11 +439,11 @@ class GradientAccumulateModel(keras.Model):
         """As `_sum_of_micro_steps`, with the effective batch's batch norm."""
 
         def totals_of(predict, micro_batch):
-            found = self._loss(micro_batch, predict, total)
+            found = self._loss(micro_batch, predict, total, within_step=True)
             return denominators(found.terms, found.weight, found.share)
 
         def differentiate(predict, micro_batch, totals):
-            found = self._loss(micro_batch, predict, total)
+            found = self._loss(micro_batch, predict, total, within_step=True)
             summed = (found.loss, found.terms, found.weight, found.share)
             scale = self._gradient_scale(found.loss.dtype)
             targets, seeds = targets_and_seeds(
@@ -409,11 +454,46 @@ class GradientAccumulateModel(keras.Model):
             return found.tape, targets, seeds, loss_sums(*summed), logs
 
         gradients, losses, logs = self._exact_batch_norm.gradients(
-            data, self.micro_batch_size, variables, totals_of, differentiate
+            data,
+            self.micro_batch_size,
+            variables,
+            totals_of,
+            differentiate,
+            finite_only=self.non_finite != PROPAGATE,
         )
-        return ([(gradients, None)] if variables else [], losses), logs
+        return ([(gradients, None)] if variables else [], (losses, None)), logs
 
-    def _loss(self, data, predict, total=None):
+    def _update(self, gradients, counts):
+        """Updates with the effective batch's gradients, or drops them; on a replica.
+
+        Args:
+            gradients: List with a tensor or None for each trainable variable, the same on all
+                replicas.
+            counts: Tuple of float64 scalars, the micro-batches that were dropped and all.
+        """
+
+        def apply(gradients):
+            # The graph of a step also runs in the call that finds the data at its end: without
+            # its gradients, the update must not count.
+            with (
+                tf.control_dependencies([g for g in gradients if g is not None]),
+                _compat.replicas_agree(self.optimizer),
+            ):
+                self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+
+        if self._drops is None:
+            apply(gradients)
+            return
+        scaled = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
+        across_replicas(
+            lambda run, *values: self._drops.update(
+                run, *values, apply, self.optimizer if scaled else None
+            ),
+            gradients,
+            *counts,
+        )
+
+    def _loss(self, data, predict, total=None, within_step=False):
         """Forward pass of one micro-batch, and what its loss is made of.
 
         Args:
@@ -421,11 +501,13 @@ class GradientAccumulateModel(keras.Model):
             predict: Function of the tape that returns the predictions.
             total: float64 scalar, examples of the effective batch on an average replica; None
                 if they are not known before the cycle's end.
+            within_step: Whether all micro-batches of the cycle are slices of one batch.
         """
         x, y, sample_weight = data
-        with tf.GradientTape(persistent=True) as tape, led():
+        drops = self.non_finite != PROPAGATE
+        with tf.GradientTape(persistent=True) as tape, led(finite_only=drops):
             y_pred = predict(tape)
-            recorder = LossRecorder(tape, same_shapes=total is not None)
+            recorder = LossRecorder(tape, same_shapes=within_step)
             with _compat.replaced_losses(self, recorder.replace):
                 loss = _compat.compute_loss(self, x, y, y_pred, sample_weight)
         terms = with_coefficients(recorder.terms, tape, loss)
@@ -438,7 +520,7 @@ class GradientAccumulateModel(keras.Model):
     def _gradient_scale(self, dtype):
         return self.optimizer.scale_loss(tf.ones((), dtype))
 
-    def _micro_step(self, data, total=None):
+    def _micro_step(self, data, total=None, within_step=False):
         """Forward and backward pass of one micro-batch; arguments as for `_loss`."""
         x, y, sample_weight = data
 
@@ -447,7 +529,7 @@ class GradientAccumulateModel(keras.Model):
             training = {"training": True} if _compat.call_has_training_argument(self) else {}
             return self(x, **training)
 
-        tape, y_pred, loss, terms, weight, share = self._loss(data, predict, total)
+        tape, y_pred, loss, terms, weight, share = self._loss(data, predict, total, within_step)
         groups = []
         if self.trainable_weights:
             in_half = self.compute_dtype == "float16" or isinstance(
@@ -461,7 +543,7 @@ class GradientAccumulateModel(keras.Model):
                 self._gradient_scale(loss.dtype),
                 weight,
                 share,
-                multiply=total is None and not in_half,
+                multiply=not within_step and not in_half,
             )
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
@@ -484,6 +566,8 @@ class GradientAccumulateModel(keras.Model):
             loss: Tuple of the total loss and its weight in the mean over the epoch.
             values: List of the same for each compiled loss.
         """
+        if self.non_finite != PROPAGATE:
+            loss, *values = [_counted_if_finite(*pair) for pair in (loss, *values)]
         _compat.track_loss(self, *loss)
         metrics = _compat.per_output_loss_metrics(self)
         for metric, (value, weight) in zip(metrics, values, strict=False):
@@ -534,12 +618,15 @@ class GradientAccumulateModel(keras.Model):
             inner = optimizer.inner_optimizer
         check_made_under(self.distribute_strategy, inner)
         if isinstance(inner, GradientAccumulateOptimizer):
-            if same_accum_steps(inner.accum_steps, self.accum_steps):
+            same_steps = same_accum_steps(inner.accum_steps, self.accum_steps)
+            if same_steps and inner.non_finite == self.non_finite:
                 return optimizer
             raise ValueError(
                 "The model accumulates, so its optimizer must not do it as well. Received: "
-                f"GradientAccumulateOptimizer(accum_steps={inner.accum_steps}) for a model with "
-                f"accum_steps={self.accum_steps}, micro_batch_size={self.micro_batch_size}. Pass "
+                f"GradientAccumulateOptimizer(accum_steps={inner.accum_steps}, "
+                f"non_finite={inner.non_finite!r}) for a model with accum_steps="
+                f"{self.accum_steps}, micro_batch_size={self.micro_batch_size}, "
+                f"non_finite={self.non_finite!r}. Pass "
                 "the inner optimizer to `compile`, or the wrapped one to a plain keras.Model."
             )
         if self.micro_batch_size is not None:
@@ -551,10 +638,11 @@ class GradientAccumulateModel(keras.Model):
                     f"model with micro_batch_size={self.micro_batch_size}. Leave that argument out."
                 )
             return optimizer
+        wrapped = GradientAccumulateOptimizer(inner, self.accum_steps, non_finite=self.non_finite)
         if inner is optimizer:
-            return GradientAccumulateOptimizer(optimizer, self.accum_steps)
+            return wrapped
         return keras.optimizers.LossScaleOptimizer(
-            GradientAccumulateOptimizer(inner, self.accum_steps),
+            wrapped,
             initial_scale=optimizer.initial_scale,
             dynamic_growth_steps=optimizer.dynamic_growth_steps,
             name=optimizer.name,
@@ -586,6 +674,7 @@ class GradientAccumulateModel(keras.Model):
             "accum_steps": serialize_accum_steps(self.accum_steps),
             "micro_batch_size": self.micro_batch_size,
             "batch_norm": self.batch_norm,
+            "non_finite": self.non_finite,
         }
 
     @classmethod
@@ -668,6 +757,13 @@ def _wrapped_model(cls, inputs, outputs, model, kwargs):
             )
         )
     return model
+
+
+def _counted_if_finite(value, weight):
+    """A loss and its weight in a mean, both 0 if it is not finite."""
+    finite = tf.math.is_finite(value)
+    weight = tf.ones_like(value) if weight is None else tf.cast(weight, value.dtype)
+    return zero_unless(finite, value), zero_unless(finite, weight)
 
 
 def _as_tensor(leaf):

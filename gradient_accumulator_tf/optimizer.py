@@ -19,6 +19,13 @@ from gradient_accumulator_tf.accumulator import (
     scale_gradient,
 )
 from gradient_accumulator_tf.conditional import run_on_replicas_if
+from gradient_accumulator_tf.non_finite import (
+    DROP_MICRO_BATCH,
+    PROPAGATE,
+    Drops,
+    check_non_finite,
+    without_non_finite,
+)
 from gradient_accumulator_tf.optimizer_wrapper import OptimizerWrapper, check_optimizer
 from gradient_accumulator_tf.replicas import check_made_under, check_strategy, number_of_replicas
 from gradient_accumulator_tf.schedules import (
@@ -79,6 +86,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`; "sum" with
             `sum_k w_k g_k`, which is the effective batch's gradient if the loss sums over
             examples.
+        non_finite: What becomes of gradients that hold an inf or a nan. "propagate" (default)
+            updates with them, as the large batch would. "drop_micro_batch" leaves a micro-batch
+            out of the mean: its weight is 0. "drop_cycle" makes no update with a mean that is
+            not finite. Nor does "drop_micro_batch" where nothing finite is left.
         name: Optional name.
         **kwargs: None is taken: clipping, weight decay, moving averages and the loss scale are
             the inner optimizer's arguments.
@@ -88,6 +99,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         accum_steps: Micro-batches per update; an integer can be set, between fits or within one.
         steps_in_cycle: int64 scalar variable, the micro-batches that the current cycle takes.
         reduction: "mean" or "sum".
+        non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
+        dropped_micro_steps: int64 scalar variable, the micro-batches that were dropped, over all
+            replicas; counted as their cycle ends.
+        dropped_cycles: int64 scalar variable, the cycles that ended without an update.
         iterations: int64 scalar variable, the number of updates.
         micro_step: int64 scalar variable, the micro-batches in the current cycle.
         learning_rate: The inner optimizer's; can be set.
@@ -103,9 +118,18 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         https://optax.readthedocs.io/en/latest/api/optimizer_wrappers.html).
     """
 
-    def __init__(self, optimizer, accum_steps, reduction="mean", name=None, **kwargs):
+    def __init__(
+        self,
+        optimizer,
+        accum_steps,
+        reduction="mean",
+        non_finite="propagate",
+        name=None,
+        **kwargs,
+    ):
         accum_steps = check_accum_steps(accum_steps, "micro-batches per update")
         check_choice("reduction", reduction, ("mean", "sum"))
+        check_non_finite(non_finite)
         optimizer = _checked_inner_optimizer(optimizer)
         check_strategy()
         example = "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8)"
@@ -114,7 +138,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._schedule = _hidden(traced(accum_steps)) if callable(accum_steps) else None
         self._next_steps = None
         self._reduction = reduction
+        self._non_finite = non_finite
         self._accumulator = None
+        self._drops = None
         self._loss_scaler = None
         self._updates_running = 0
         self._followers = tuple
@@ -172,12 +198,28 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         """Whether sums are kept, which one micro-batch per update on one replica does without."""
         if self.built:
             return self._accumulator is not None
-        return self._accum_steps != 1 or number_of_replicas() > 1
+        one_by_one = self._accum_steps == 1 and self._non_finite == PROPAGATE
+        return not one_by_one or number_of_replicas() > 1
 
     @property
     def reduction(self):
         """What an update takes of the cycle's gradients: "mean" or "sum"."""
         return self._reduction
+
+    @property
+    def non_finite(self):
+        """What becomes of gradients that are not finite."""
+        return self._non_finite
+
+    @property
+    def dropped_micro_steps(self):
+        """int64 scalar variable: micro-batches dropped so far (0 before `build`)."""
+        return 0 if self._drops is None else self._drops.dropped_micro_steps
+
+    @property
+    def dropped_cycles(self):
+        """int64 scalar variable: cycles dropped so far (0 before `build`)."""
+        return 0 if self._drops is None else self._drops.dropped_cycles
 
     @property
     def micro_step(self):
@@ -194,8 +236,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         if self._accumulator is None:
             return self.inner_optimizer.variables
         steps = [] if self._next_steps is None else [self._next_steps]
+        drops = [] if self._drops is None else self._drops.variables
         cycle = self._accumulator.variables_from_build
-        return [*self.inner_optimizer.variables, *steps, *cycle]
+        return [*self.inner_optimizer.variables, *steps, *drops, *cycle]
 
     def build(self, variables):
         """Creates the inner optimizer's variables and one accumulator per trainable variable.
@@ -219,6 +262,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         # Replicas do not clip or check what is not summed yet, nor weigh their own share alone.
         if self.accumulates:
             self._accumulator = GradientAccumulator(variables)
+            if self._non_finite != PROPAGATE:
+                self._drops = Drops()
             if self._schedule is None:
                 with tf.init_scope():
                     self._next_steps = counter("accum_steps", self._accum_steps)
@@ -294,7 +339,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             )
             return
         self._accumulator.begin(self._steps_of_next_cycle())
-        self._accumulator.add(*contributions)
+        dropped = None
+        if self._non_finite == DROP_MICRO_BATCH:
+            contributions, dropped = without_non_finite(contributions)
+        self._accumulator.add(*contributions, dropped=dropped)
         certain = [received_of(c) for c in contributions]
         run_on_replicas_if(
             lambda: self._accumulator.is_complete,
@@ -352,7 +400,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         """Writes the inner optimizer's state as it would itself and, in mid-cycle, the cycle's.
 
         A file written between cycles is thus the inner optimizer's own, and loads into it, unless
-        there is more to tell: `accum_steps`, if it was set.
+        there is more to tell: `accum_steps`, if it was set, and what was dropped.
         """
         self.inner_optimizer.save_own_variables(store)
         if self._accumulator is not None and int(self._accumulator.micro_step.numpy()):
@@ -360,6 +408,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 store[name] = variable.numpy()
         if self._next_steps is not None and self.accum_steps != self._first_accum_steps:
             store["accum_steps"] = self._next_steps.numpy()
+        dropped = {} if self._drops is None else self._drops.state
+        if any(int(variable.numpy()) for variable in dropped.values()):
+            for name, variable in dropped.items():
+                store[name] = variable.numpy()
 
     def load_own_variables(self, store):
         """Reads what this optimizer or its inner optimizer wrote; before `build`, at `build`."""
@@ -377,6 +429,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             **super().get_config(),
             "accum_steps": serialize_accum_steps(self.accum_steps),
             "reduction": self._reduction,
+            "non_finite": self._non_finite,
         }
 
     @classmethod
@@ -446,28 +499,41 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         """
         accumulator, everything = self._accumulator, range(len(self._trainable_variables))
 
-        def update(indices, certain):
-            self._apply_to_inner(accumulator.mean(indices, certain))
+        def end_cycle():
             accumulator.reset()
             for follower in self._followers():
                 follower.end_cycle()
 
-        def update_received():
-            received = accumulator.received()
-            update(set().union(*received), received)
+        def update(indices, certain):
+            def apply():
+                gradients, _ = accumulator.result(indices, certain)
+                self._apply_to_inner(gradients)
+                end_cycle()
+
+            def result():
+                micro_steps = tf.cast(accumulator.micro_step.value(), tf.float64)
+                return *accumulator.result(indices, certain), micro_steps * number_of_replicas()
+
+            if self._non_finite == PROPAGATE:
+                run(apply)
+            else:
+                scaler = None if self._loss_scaler is None else self._loss_scaler()
+                self._drops.update(run, *run(result), self._apply_to_inner, scaler)
+                run(end_cycle)
 
         if tf.executing_eagerly():
-            run(update_received)
+            received = accumulator.received()
+            update(set().union(*received), received)
             return
         known = accumulator.ever_received if certain is None else set().union(*certain)
         others = sorted(set(everything) - known)
         if not others:
-            run(lambda: update(everything, certain or ()))
+            update(everything, certain or ())
         else:
             tf.cond(
                 accumulator.any_received(others),
-                lambda: run(lambda: update(everything, certain or ())),
-                lambda: run(lambda: update(known, certain or ())),
+                lambda: update(everything, certain or ()),
+                lambda: update(known, certain or ()),
             )
 
     def _apply_to_inner(self, gradients):
@@ -491,6 +557,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self.inner_optimizer.load_own_variables({k: v for k, v in state.items() if k not in own})
         if self._next_steps is not None and "accum_steps" in own:
             self._next_steps.assign(own["accum_steps"])
+        if self._drops is not None:
+            for name, variable in self._drops.state.items():
+                variable.assign(own.get(name, 0))
         if self._accumulator is not None:
             self._accumulator.load(own)
 
