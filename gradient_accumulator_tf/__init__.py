@@ -5,6 +5,7 @@ from gradient_accumulator_tf._compat import check_installation as _check_install
 _check_installation()
 
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm  # noqa: E402
+from gradient_accumulator_tf.gradient_clipping import AdaptiveGradientClipping  # noqa: E402
 from gradient_accumulator_tf.layer_swap import swap_batch_norm  # noqa: E402
 from gradient_accumulator_tf.learning_rate import (  # noqa: E402
     ScaledLearningRate,
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumBatchNorm",
     "AccumStepsSchedule",
+    "AdaptiveGradientClipping",
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "PiecewiseConstantSteps",

@@ -1,5 +1,6 @@
 """Argument checks with one form of message: the rule, what was received, what to do instead."""
 
+import math
 import numbers
 
 
@@ -26,6 +27,21 @@ def check_positive_int(name, value, meaning):
             f"{rule} Received: {name}={value!r}. Pass {name}=1 to train without accumulation."
         )
     return int(value)
+
+
+def check_number(name, value):
+    """Returns `value` as a float, or raises if it is not a finite number above 0.
+
+    Raises:
+        TypeError: If `value` is not a real number (a bool is not).
+        ValueError: If it is not finite, or not positive.
+    """
+    rule = f"`{name}` must be a finite number > 0."
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{rule} Received: {name}={value!r} (of type {type(value).__name__}).")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{rule} Received: {name}={value!r}.")
+    return float(value)
 
 
 def check_choice(name, value, choices):

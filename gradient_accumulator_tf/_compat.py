@@ -223,6 +223,23 @@ def replicas_agree(optimizer):
                 del attributes[name], attributes[f"{name}_entered"]
 
 
+def gradients_over_replicas(optimizer, gradients, variables):
+    """Gradients as the innermost optimizer would sum them over replicas, or as they are already.
+
+    `Optimizer._all_reduce_sum_gradients` (Keras 3.8 to 3.15), which `replicas_agree` puts out of
+    action where gradients are summed: what acts before the optimizer has no other way to know.
+    """
+    import tensorflow as tf
+
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return gradients
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    pairs = zip(gradients, variables, strict=True)
+    summed = iter(optimizer._all_reduce_sum_gradients([p for p in pairs if p[0] is not None]))
+    return [None if gradient is None else next(summed)[0] for gradient in gradients]
+
+
 def assign_on_replica(variable, value):
     """Assigns to this replica's own copy of a Keras variable."""
     import tensorflow as tf

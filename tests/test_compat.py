@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateOptimizer, _compat
-from tests.oracle import dense_model, regression_data
+from tests.oracle import dense_model, mirrored, regression_data
 
 
 def _public(names):
@@ -184,3 +184,24 @@ def test_a_sequential_model_has_a_graph_and_a_subclass_does_as_it_likes():
     assert _compat.is_plain_functional(model)
     assert not _compat.is_plain_functional(Own(layers))
     assert not _compat.is_plain_functional(keras.layers.Dense(2))
+
+
+def test_gradients_over_replicas_are_summed_once():
+    # Whoever comes first sums; then they are the same on all replicas, and stay as they are.
+    strategy = mirrored()
+    with strategy.scope():
+        optimizer, variable = keras.optimizers.SGD(), keras.Variable(0.0)
+
+    def on_replica():
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        gradient = tf.cast(replica, tf.float32) + 1.0
+        summed = _compat.gradients_over_replicas(optimizer, [gradient, None], [variable, variable])
+        with _compat.replicas_agree(optimizer):
+            again = _compat.gradients_over_replicas(optimizer, summed, [variable, variable])
+        assert again[1] is None
+        return summed[0], again[0]
+
+    for value in strategy.run(on_replica):
+        assert [float(v) for v in strategy.experimental_local_results(value)] == [3.0, 3.0]
+    source = inspect.getsource(keras.optimizers.Optimizer._backend_update_step)
+    assert "self._all_reduce_sum_gradients(grads_and_vars)" in source
