@@ -201,8 +201,7 @@ def replicas_agree(optimizer):
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:
         yield
         return
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
+    optimizer = _innermost(optimizer)
     changed = []
     for o in [optimizer, *getattr(optimizer, "optimizers", [])]:
         changed.append((o.__dict__, "_all_reduce_sum_gradients", list))
@@ -233,8 +232,7 @@ def gradients_over_replicas(optimizer, gradients, variables):
 
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:
         return gradients
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
+    optimizer = _innermost(optimizer)
     pairs = zip(gradients, variables, strict=True)
     summed = iter(optimizer._all_reduce_sum_gradients([p for p in pairs if p[0] is not None]))
     return [None if gradient is None else next(summed)[0] for gradient in gradients]
@@ -345,6 +343,42 @@ def strategy_of(optimizer):
     is in force later.
     """
     return optimizer._distribution_strategy
+
+
+def rebuilt_optimizer(optimizer, variables):
+    """A copy of a built Keras optimizer for other variables, with the state of those it knows.
+
+    Keras's optimizers take no other variables once they are built. A slot is known again by its
+    path, which names its variable. Two things are neither in a config nor a variable's own
+    (Keras 3.8 to 3.15): what is excluded from weight decay (`_exclude_from_weight_decay`, and the
+    patterns with it), and that a moving average, `_model_variables_moving_average`, begins with
+    the variable itself only in the first update.
+    """
+    copy = type(optimizer).from_config(optimizer.get_config())
+    copy.build(variables)
+    kept = {}
+    for variable in optimizer.variables:
+        kept.setdefault(variable.path, []).append(variable)
+    for variable in copy.variables:
+        old = kept.get(variable.path)
+        if old:
+            variable.assign(old.pop(0))
+    new, old = _innermost(copy), _innermost(optimizer)
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    known = {variable_key(old, v) for v in old._trainable_variables}
+    averages = getattr(new, "_model_variables_moving_average", ())
+    for variable, average in zip(new._trainable_variables, averages, strict=False):
+        if average is not None and variable_key(new, variable) not in known:
+            average.assign(variable)
+    return copy
+
+
+def _innermost(optimizer):
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
 
 
 def is_functional(model):

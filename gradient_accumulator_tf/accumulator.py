@@ -276,6 +276,26 @@ class GradientAccumulator(tf.Module):
         for name, variable in self.state.items():
             variable.assign(state.get(name, tf.zeros_like(variable)))
 
+    def take_over(self, other, indices):
+        """Goes on with the cycle of another accumulator.
+
+        Args:
+            other: A `GradientAccumulator`.
+            indices: For each variable of this one, its index in the other; None for one that it
+                has not got, which has no gradient yet.
+        """
+        old = {name: variable.numpy() for name, variable in other.state.items()}
+        state = {name: value for name, value in old.items() if "gradient_sum" not in name}
+        for group in other._groups:
+            received = f"{group.name}.received"
+            state[received] = [i is not None and old[received][i] for i in indices]
+            for new, i in enumerate(indices):
+                if i is not None:
+                    state[f"{group.name}.gradient_sum_{new}"] = old[
+                        f"{group.name}.gradient_sum_{i}"
+                    ]
+        self.load(state)
+
     def begin(self, steps):
         """Sets the length of a cycle that has not begun; one that has keeps its own.
 

@@ -259,7 +259,8 @@ class GradientAccumulateModel(keras.Model):
         """Configures the model for training; arguments as for `keras.Model.compile`.
 
         With `accum_steps` the optimizer is wrapped in a `GradientAccumulateOptimizer`, under
-        mixed_float16 inside the `LossScaleOptimizer`.
+        mixed_float16 inside the `LossScaleOptimizer`. Compiled again with the same one after
+        `trainable` was changed, it keeps the state of the variables that it has trained before.
 
         Raises:
             ValueError: If the optimizer accumulates by itself, unless by the same
@@ -268,13 +269,36 @@ class GradientAccumulateModel(keras.Model):
                 (`BatchNormalization(synchronized=True)`); or if, with `batch_norm="exact"`, the
                 model is not a graph of layers that can be cut at each trainable batch norm (a
                 subclassed model, batch norm within another layer, masks, activity
-                regularisers, renormalisation).
+                regularisers, renormalisation); or if another optimizer was in mid-cycle.
         """
         self._check_layers()
+        self._check_no_open_cycle(optimizer)
         self._exact_batch_norm = None
         if self.built:
             self._plan_exact_batch_norm()
         super().compile(self._accumulating(optimizer), *args, **kwargs)
+        if self._accumulating_optimizer is not None and self.built:
+            self._accumulating_optimizer.rebuild(self.trainable_variables)
+
+    def make_train_function(self, force=False):
+        """As for `keras.Model`, which calls it before each fit and `train_on_batch`.
+
+        Raises:
+            ValueError: If `trainable` of a variable was changed since the model was compiled and
+                trained.
+        """
+        if self.train_function is None or force:
+            self._trainable_at_compile = {id(v): v.trainable for v in self.variables}
+        for variable in self.variables:
+            was = self._trainable_at_compile.get(id(variable), variable.trainable)
+            if was != variable.trainable:
+                raise ValueError(
+                    "What is trainable must not change without a new `compile`: the training step "
+                    f"is made for it. Received: {variable.path} with trainable="
+                    f"{variable.trainable}, which was {was}. Call model.compile(model.optimizer, "
+                    "...) to keep the optimizer's state, or compile with a new optimizer."
+                )
+        super().make_train_function(force)
 
     def compile_from_config(self, config):
         """Compiles a loaded model; Keras asks for it where `compile` is overridden."""
@@ -598,6 +622,20 @@ class GradientAccumulateModel(keras.Model):
                     f"{replicas} replicas. Pass accum_steps instead (fit's batch is then a "
                     'micro-batch), or batch_norm="exact", or make it synchronized=False.'
                 )
+
+    def _check_no_open_cycle(self, optimizer):
+        """Refuses another optimizer in place of one that holds gradients."""
+        current = self._accumulating_optimizer
+        if current is None or optimizer in (current, self.optimizer):
+            return
+        micro_step = int(tf.convert_to_tensor(current.micro_step))
+        if micro_step:
+            raise ValueError(
+                "A new optimizer must not take the place of one in mid-cycle, whose gradients "
+                f"would be lost. Received: an optimizer that holds {micro_step} of "
+                f"{int(tf.convert_to_tensor(current.steps_in_cycle))} micro-batches. Call "
+                "model.flush() to update with them, or model.optimizer.reset() to drop them."
+            )
 
     @property
     def _accumulating_optimizer(self):

@@ -262,9 +262,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         # Replicas do not clip or check what is not summed yet, nor weigh their own share alone.
         if self.accumulates:
             self._accumulator = GradientAccumulator(variables)
-            if self._non_finite != PROPAGATE:
+            if self._non_finite != PROPAGATE and self._drops is None:
                 self._drops = Drops()
-            if self._schedule is None:
+            if self._schedule is None and self._next_steps is None:
                 with tf.init_scope():
                     self._next_steps = counter("accum_steps", self._accum_steps)
         self.built = True
@@ -273,6 +273,41 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             with tf.init_scope():
                 self._load_state(self._state_to_load)
             self._state_to_load = None
+
+    def rebuild(self, variables):
+        """Takes variables that it was not built with, and keeps what it knows of the others.
+
+        For a model of which some variables were made trainable, before it is compiled again with
+        this optimizer; a `GradientAccumulateModel` calls it in `compile`. Kept are the number of
+        updates, the learning rate, and the slots and sums of the variables that it has already;
+        those that are not among `variables` are forgotten. The inner optimizer is replaced by a
+        copy. Functions that were traced before must not be called again.
+
+        Args:
+            variables: List of all trainable variables. Nothing is done if none is new.
+
+        Raises:
+            ValueError: If the inner optimizer cannot be copied by its config.
+        """
+        variables = list(variables)
+        before = self._trainable_variables_indices if self.built else {}
+        indices = [before.get(_compat.variable_key(self, v)) for v in variables]
+        if not self.built or None not in indices:
+            return
+        with self._in_strategy():
+            try:
+                copy = _compat.rebuilt_optimizer(self.inner_optimizer, variables)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    "The inner optimizer must be serialisable to take other variables. Received: "
+                    f"{type(self.inner_optimizer).__name__}, which failed with: {error} Compile "
+                    "with a new optimizer."
+                ) from error
+            accumulator, self._accumulator = self._accumulator, None
+            self.inner_optimizer, self.built = copy, False
+            self.build(variables)
+            if accumulator is not None:
+                self._accumulator.take_over(accumulator, indices)
 
     def apply_gradients(self, grads_and_vars, weight=None):
         """Adds one micro-batch's gradients; every `accum_steps`-th call updates the variables.
@@ -464,7 +499,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                     "The optimizer accumulates for the variables it was built with. Received: "
                     f"an unknown variable, {getattr(variable, 'path', variable.name)}. If "
                     "`trainable` was changed after the optimizer was built, compile the model "
-                    "again with a new optimizer."
+                    "again with a new optimizer, or call optimizer.rebuild(model."
+                    "trainable_variables) first, which keeps the state of the others."
                 )
             if index in seen:
                 raise ValueError(
@@ -497,7 +533,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             certain: For each group of gradients, the indices of the variables that got one in
                 this cycle for certain; None if nothing is.
         """
-        accumulator, everything = self._accumulator, range(len(self._trainable_variables))
+        accumulator = self._accumulator
+        # Those frozen since the optimizer was built keep their slots, and must not move.
+        everything = {i for i, v in enumerate(self._trainable_variables) if v.trainable}
 
         def end_cycle():
             accumulator.reset()
@@ -523,10 +561,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
         if tf.executing_eagerly():
             received = accumulator.received()
-            update(set().union(*received), received)
+            update(everything & set().union(*received), received)
             return
         known = accumulator.ever_received if certain is None else set().union(*certain)
-        others = sorted(set(everything) - known)
+        known, others = everything & known, sorted(everything - known)
         if not others:
             update(everything, certain or ())
         else:
@@ -543,11 +581,18 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         """
         scaler = None if self._loss_scaler is None else self._loss_scaler()
         optimizer = self.inner_optimizer if scaler is None else scaler
+        trained = [
+            (gradient, variable)
+            for gradient, variable in zip(gradients, self._trainable_variables, strict=True)
+            if gradient is not None or variable.trainable
+        ]
+        if not trained:
+            return
         # Every replica's thread counts, as they take turns.
         self._updates_running += 1
         try:
             with _compat.replicas_agree(self.inner_optimizer):
-                optimizer.apply(gradients, self._trainable_variables)
+                optimizer.apply(*map(list, zip(*trained, strict=True)))
         finally:
             self._updates_running -= 1
 

@@ -205,3 +205,24 @@ def test_gradients_over_replicas_are_summed_once():
         assert [float(v) for v in strategy.experimental_local_results(value)] == [3.0, 3.0]
     source = inspect.getsource(keras.optimizers.Optimizer._backend_update_step)
     assert "self._all_reduce_sum_gradients(grads_and_vars)" in source
+
+
+def test_an_optimizer_rebuilt_for_other_variables():
+    a, b, c = (keras.Variable(float(i), name=name) for i, name in enumerate("abc"))
+    optimizer = keras.optimizers.SGD(1.0, momentum=0.5, use_ema=True, ema_momentum=0.5)
+    optimizer.exclude_from_weight_decay(var_list=[b], var_names=["c"])
+    optimizer.build([a, b])
+    optimizer.apply([tf.constant(1.0), tf.constant(2.0)], [a, b])
+    with pytest.raises(ValueError, match="recreate a new optimizer"):  # else this can go
+        optimizer.apply([tf.constant(1.0)], [c])
+    copy = _compat.rebuilt_optimizer(optimizer, [c, b])
+    state = {v.path.split("/")[-1]: float(v) for v in copy.variables}
+    slots = {name: value for name, value in state.items() if "momentum" in name}
+    assert sorted(slots.values()) == [-2.0, 0.0]
+    averages = {name: value for name, value in state.items() if "average" in name}
+    assert sorted(averages.values()) == [-1.0, 2.0]  # of b so far, and of c as it is
+    assert (state["iteration"], state["learning_rate"]) == (1.0, 1.0)
+    assert [copy._use_weight_decay(v.value) for v in (b, c)] == [False, False]
+    assert copy._use_weight_decay(a.value)
+    copy.apply([tf.constant(1.0), tf.constant(0.0)], [c, b])
+    assert (float(c), float(b)) == (1.0, -2.0)
