@@ -258,12 +258,20 @@ def test_under_a_loss_scale_the_gradients_themselves_are_clipped(mode):
     assert difference(large.get_weights(), _named_model().get_weights()) > 1e-2
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_loss_scale_factor_changes_nothing():
+    make = keras.optimizers.SGD
+    plain = _train(_named_model(), _agc(make(0.5)), EFFECTIVE)
+    scaled = _train(_named_model(), _agc(make(0.5, loss_scale_factor=1024.0)), EFFECTIVE)
+    assert difference(scaled.get_weights(), plain.get_weights()) < 1e-12
+
+
 def test_sixteen_bit_variables_are_clipped_in_float32():
-    # Squares of 1e-4 are 0 in float16.
-    variable = keras.Variable(np.full((4, 2), 1e-2), dtype="float16")
-    optimizer = AdaptiveGradientClipping(keras.optimizers.SGD(1.0), clip_factor=0.5)
-    optimizer.apply([tf.fill((4, 2), tf.constant(2e-2, tf.float16))], [variable])
-    np.testing.assert_allclose(variable.numpy(), 5e-3, rtol=2e-3)
+    # The squares of 1e-4 are 0 in float16.
+    variable = keras.Variable(np.full((4, 2), 1e-4), dtype="float16")
+    optimizer = AdaptiveGradientClipping(keras.optimizers.SGD(1.0), clip_factor=0.5, epsilon=1e-6)
+    optimizer.apply([tf.fill((4, 2), tf.constant(1e-4, tf.float16))], [variable])
+    np.testing.assert_allclose(variable.numpy(), 5e-5, rtol=2e-3)
 
 
 def test_slices_are_clipped_as_the_dense_gradient():
