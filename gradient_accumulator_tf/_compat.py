@@ -259,7 +259,8 @@ def route_loss_scaling(accumulating):
     Left alone (Keras 3.8 to 3.15) it looks at each micro-batch: it drops one that overflowed,
     which shifts every later cycle, and changes its scale several times per update; and it looks
     at replica 0's gradients only. `compile` makes it by itself, so it can only be reached here.
-    Around any other optimizer it stays as it is.
+    Around any other optimizer it stays as it is. `accum_steps`, which users set on
+    `model.optimizer`, is passed on: on a Python object of its own it would be lost without a word.
     """
     import keras
 
@@ -282,7 +283,21 @@ def route_loss_scaling(accumulating):
             self.build(trainable_variables)
         inner.apply(grads, trainable_variables)
 
+    def get_accum_steps(self):
+        return self.inner_optimizer.accum_steps
+
+    def set_accum_steps(self, value):
+        if not isinstance(self.inner_optimizer, accumulating):
+            kind = type(self.inner_optimizer).__name__
+            raise AttributeError(
+                "`accum_steps` is what an accumulating optimizer has. Received: "
+                f"accum_steps={value!r} for a LossScaleOptimizer around {kind}. Wrap {kind} in a "
+                "GradientAccumulateOptimizer."
+            )
+        self.inner_optimizer.accum_steps = value
+
     cls.build, cls.apply = routed_build, routed_apply
+    cls.accum_steps = property(get_accum_steps, set_accum_steps)
 
 
 def mend_fit_on_several_workers():

@@ -256,6 +256,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         self._trainable_variables = variables
+        self._trained_anyway = set()
         self._trainable_variables_indices = {
             _compat.variable_key(self, v): i for i, v in enumerate(variables)
         }
@@ -509,7 +510,17 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 )
             seen.add(index)
             aligned[index] = gradient
+            if gradient is not None and not variable.trainable:
+                self._trained_anyway.add(index)
         return aligned
+
+    def _is_frozen(self, index):
+        """Whether a variable was frozen since the optimizer was built: it must not move.
+
+        As by Keras's optimizers, one is trained all the same if it is given a gradient.
+        """
+        trainable = self._trainable_variables[index].trainable
+        return not trainable and index not in self._trained_anyway
 
     def _steps_of_next_cycle(self):
         """int64 scalar tensor: the micro-batches of a cycle that begins now."""
@@ -534,8 +545,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 this cycle for certain; None if nothing is.
         """
         accumulator = self._accumulator
-        # Those frozen since the optimizer was built keep their slots, and must not move.
-        everything = {i for i, v in enumerate(self._trainable_variables) if v.trainable}
+        everything = {i for i, v in enumerate(self._trainable_variables) if not self._is_frozen(i)}
 
         def end_cycle():
             accumulator.reset()
@@ -583,8 +593,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         optimizer = self.inner_optimizer if scaler is None else scaler
         trained = [
             (gradient, variable)
-            for gradient, variable in zip(gradients, self._trainable_variables, strict=True)
-            if gradient is not None or variable.trainable
+            for i, (gradient, variable) in enumerate(
+                zip(gradients, self._trainable_variables, strict=True)
+            )
+            if gradient is not None or not self._is_frozen(i)
         ]
         if not trained:
             return

@@ -12,7 +12,15 @@ from gradient_accumulator_tf import (
     GradientAccumulateOptimizer,
     PiecewiseConstantSteps,
 )
-from tests.oracle import dense_model, difference, mirrored, regression_data, state_of, updates_of
+from tests.oracle import (
+    EXECUTIONS,
+    dense_model,
+    difference,
+    mirrored,
+    regression_data,
+    state_of,
+    updates_of,
+)
 
 MICRO = 4
 # Of {0: 2, 1: 1, 3: 3}: six updates on 14 micro-batches, the last one on a partial cycle.
@@ -103,8 +111,12 @@ def test_a_schedule_checked_by_hand():
     ]
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(
+    "kind, execution",
+    [*(("mapping", e) for e in EXECUTIONS), ("class", "jit"), ("function", "graph")],
+)
 def test_the_model_follows_a_schedule_as_large_batches_would(kind, execution):
+    execution = EXECUTIONS[execution]
     model = _accumulated("model", SCHEDULES[kind], **execution)
     _fit(model, EXAMPLES)
     assert updates_of(model.optimizer) == len(CYCLES)
@@ -115,10 +127,12 @@ def test_the_model_follows_a_schedule_as_large_batches_would(kind, execution):
     assert difference(constant.get_weights(), large.get_weights()) > 1e-3
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(
+    "kind, execution", [*(("function", e) for e in EXECUTIONS), ("class", "graph")]
+)
 def test_the_optimizer_follows_a_schedule_as_large_batches_would(kind, execution):
     examples = MICRO * sum(CYCLES)
-    model = _accumulated("optimizer", SCHEDULES[kind], **execution)
+    model = _accumulated("optimizer", SCHEDULES[kind], **EXECUTIONS[execution])
     _fit(model, examples)
     assert updates_of(model.optimizer) == len(CYCLES)
     assert difference(model.get_weights(), _large(CYCLES, examples).get_weights()) < 1e-6
@@ -174,6 +188,20 @@ def test_set_on_the_model_it_is_the_optimizers():
     before.accum_steps = {0: 1}
     before.compile("sgd", "mse")
     assert before.optimizer.accum_steps.steps == {0: 1}
+
+
+def test_set_through_a_loss_scale():
+    model = _accumulated("model", 3)
+    model.compile(keras.optimizers.LossScaleOptimizer(_sgd()), "mse")
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    model.optimizer.accum_steps = 6
+    assert model.accum_steps == model.optimizer.accum_steps == 6
+    _fit(model, 6 * MICRO)
+    assert updates_of(model.optimizer) == 1
+    other = keras.optimizers.LossScaleOptimizer(_sgd())
+    assert not hasattr(other, "accum_steps")
+    with pytest.raises(AttributeError, match="accum_steps=2 for a LossScaleOptimizer around SGD"):
+        other.accum_steps = 2
 
 
 def test_set_in_mid_cycle_it_holds_from_the_next_cycle_on():

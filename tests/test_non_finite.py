@@ -12,6 +12,7 @@ from gradient_accumulator_tf import (
 )
 from tests.oracle import (
     EFFECTIVE,
+    EXECUTIONS,
     MICRO,
     MODES,
     dense_model,
@@ -77,11 +78,14 @@ BAD = [5, 12, 15, 20, 24, 29, 35]
 DROPPED = {"drop_micro_batch": (1 + 2 + 3, 1), "drop_cycle": (0, 3)}
 
 
-@pytest.mark.parametrize("policy", DROPPING)
+@pytest.mark.parametrize(
+    "policy, execution",
+    [*(("drop_micro_batch", e) for e in EXECUTIONS), ("drop_cycle", "graph")],
+)
 @pytest.mark.parametrize("mode", ["optimizer", *MODES])
 def test_the_update_is_the_large_batchs_without_what_was_dropped(mode, policy, execution):
     x, y = _data(BAD)
-    model, batch_size = _model(mode, policy, **execution)
+    model, batch_size = _model(mode, policy, **EXECUTIONS[execution])
     history = model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0).history
     kept = _kept(policy, BAD)
     large, losses = _large(x, y, kept)
@@ -263,7 +267,7 @@ def test_no_policy_makes_replicas_talk_more_often(mode, monkeypatch):
 
     monkeypatch.setattr(tf.distribute.ReplicaContext, "all_reduce", counted)
     reductions = []
-    for policy in ("propagate", *DROPPING):
+    for policy in ("propagate", "drop_micro_batch"):
         calls.clear()
         with mirrored().scope():
             model, batch_size = _model(mode, policy)
@@ -285,9 +289,10 @@ def _scaled():
 
 
 @pytest.mark.usefixtures("mixed_float16")
-@pytest.mark.parametrize("policy", DROPPING)
+@pytest.mark.parametrize(
+    "policy, replicas", [*((policy, 1) for policy in DROPPING), ("drop_micro_batch", 2)]
+)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("replicas", [1, 2])
 def test_the_loss_scale_moves_once_per_update(mode, policy, replicas):
     x, y = _data(BAD, 1e9)
     strategy = mirrored() if replicas == 2 else tf.distribute.get_strategy()

@@ -8,6 +8,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from tests.oracle import (
     EFFECTIVE,
+    EXECUTIONS,
     MICRO,
     MODES,
     accumulating,
@@ -64,8 +65,11 @@ def _large(first_frozen):
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, execution", [*((kind, "graph") for kind in KINDS), ("accum_steps", "eager")]
+)
 def test_frozen_and_compiled_again_the_optimizer_goes_on(kind, execution):
+    execution = EXECUTIONS[execution]
     large = _large(first_frozen=False)
     model, batch_size = _make(kind, _adam(), False, **execution)
     _fit(model, batch_size, seed=1)
@@ -78,8 +82,15 @@ def test_frozen_and_compiled_again_the_optimizer_goes_on(kind, execution):
     assert difference(model.get_weights()[:2], before) == 0.0
 
 
-@pytest.mark.parametrize("kind", ["optimizer", "accum_steps"])
+@pytest.mark.parametrize(
+    "kind, execution",
+    [
+        *(("accum_steps", execution) for execution in EXECUTIONS),
+        *(("optimizer", execution) for execution in ("graph", "eager")),
+    ],
+)
 def test_thawed_and_compiled_again_the_optimizer_goes_on(kind, execution):
+    execution = EXECUTIONS[execution]
     large = _large(first_frozen=True)
     model, batch_size = _make(kind, _adam(), True, **execution)
     _fit(model, batch_size, seed=1)
@@ -155,6 +166,20 @@ def test_what_is_frozen_in_mid_cycle_does_not_move():
         a.trainable = True
         assert (float(a), int(optimizer.iterations)) == (1.0, 1)
     assert float(b) == pytest.approx(-2 - 2 + 0.2)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_is_given_a_gradient_is_trained_as_by_keras(graph):
+    a, b = keras.Variable(0.0, trainable=False), tf.Variable(0.0, trainable=False)
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), 2)
+    step = lambda g: optimizer.apply([g, 2 * g], [a, b])  # noqa: E731
+    optimizer.build([a, b])
+    step = tf.function(step) if graph else step
+    for gradient in (1.0, 3.0, 5.0):
+        step(tf.constant(gradient))
+    assert (float(a), float(b)) == (-2.0, -4.0)
+    optimizer.flush()
+    assert (float(a), float(b)) == (-7.0, -14.0)
 
 
 @pytest.mark.parametrize("how", ["fit", "train_on_batch"])
