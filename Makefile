@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # More arguments for pytest: make test PYTEST_ARGS="-k optimizer"
 PYTEST_ARGS ?=
+# Test files at a time; each needs a core and up to 4 GB.
+JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -27,12 +29,12 @@ demo benchmarks: export TF_CPP_MIN_LOG_LEVEL = 2
 demo: $(STAMP)  ## train the digits example
 	$(RUN) examples/digits.py
 
-# A process for each file: TensorFlow keeps what was traced, and tests in one process slow down.
+# A process for each file, as TensorFlow keeps what was traced and tests in one process slow down.
 # Pytest's status 5 says that a file has no test that PYTEST_ARGS selects.
-test: $(STAMP)  ## run the test suite
-	@failed=; for file in tests/test_*.py; do \
-		$(RUN) -m pytest $(PYTEST_ARGS) $$file || [ $$? -eq 5 ] || failed="$$failed $$file"; \
-	done; [ -z "$$failed" ] || { echo "FAILED:$$failed"; exit 1; }
+test: export PYTEST_ARGS := $(PYTEST_ARGS)
+test: $(STAMP)  ## run the test suite, JOBS files at a time
+	@printf '%s\n' tests/test_*.py | xargs -P $(JOBS) -I FILE sh -c \
+		'eval "$(RUN) -m pytest $$PYTEST_ARGS FILE" || [ $$? -eq 5 ] || { echo "FAILED: FILE"; exit 1; }'
 
 lint: $(STAMP)  ## check style and formatting
 	$(RUN) -m ruff check
@@ -41,9 +43,10 @@ lint: $(STAMP)  ## check style and formatting
 test-oldest: $(STAMP)  ## run the suite on the oldest supported TensorFlow and Keras
 	$(RUN) -m nox --session tests_oldest -- $(PYTEST_ARGS)
 
-benchmarks: $(STAMP)  ## measure what a micro-step costs, and what an update sends
+benchmarks: $(STAMP)  ## measure what a micro-step costs, what an update sends, and batch norm
 	$(RUN) benchmarks/overhead.py
 	$(RUN) benchmarks/communication.py
+	$(RUN) -m benchmarks.batch_norm
 
 clean:  ## remove the environments, caches and builds
 	rm -rf .venv .nox .hypothesis .pytest_cache .ruff_cache build dist *.egg-info

@@ -79,8 +79,8 @@ def test_batch_norm_in_all_its_parts(float64, monkeypatch, tmp_path, capsys):
     assert list(results) == list(batch_norm.PARTS)
     large, exact, micro = results["accuracy"].values()
     assert exact == large != micro
-    for (first, tenth), movement in results["equality"].values():
-        assert max(first, tenth) < 1e-9 and movement > 1e-4
+    for far, movement in results["equality"].values():
+        assert max(far[1] + far[10]) < 1e-9 and movement > 1e-2
     assert all(drawing.stat().st_size > 0 for drawing in drawings)
     tables = [row[0] for row in rows_of(capsys.readouterr().out)]
     assert f"U-Net, {batch_norm.EXACT}" in tables and "U-Net, Adam" in tables
