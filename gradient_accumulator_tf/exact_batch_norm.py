@@ -225,13 +225,22 @@ class ExactBatchNorm:
 
         # What layers would assign stays in the scope, so that a stage can be computed again.
         states = zip(stage.states, draws, strict=True)
+        known = set(_operations())
         with keras.StatelessScope(state_mapping=states, collect_losses=True) as scope:
             self._training((), function=compute, training=True)
-        self._check_effects(stage, scope)
+        self._check_effects(stage, scope, [op for op in _operations() if op not in known])
         return tensors, [scope.get_current_value(v) for v in stage.states]
 
-    def _check_effects(self, stage, scope):
+    def _check_effects(self, stage, scope, operations):
         """Refuses layers that do in training what a second computation would not repeat."""
+        layers = ", ".join(node.operation.name for node in stage.nodes if not node.waits)
+        drawing = [op.type for op in operations if op.op_def.is_stateful and "Rand" in op.type]
+        if drawing:
+            raise ValueError(
+                'With batch_norm="exact" random layers must draw the same again. Received: '
+                f"TensorFlow's {drawing[0]} in one of the layers {layers}. Use keras.random with a "
+                "keras.random.SeedGenerator that is an attribute of the layer."
+            )
         changed = set(scope.state_mapping) - {id(v) for v in stage.states}
         if changed:
             names = [v.path for v in self._model.variables if id(v) in changed]
@@ -245,8 +254,7 @@ class ExactBatchNorm:
         if scope.losses:
             raise ValueError(
                 'With batch_norm="exact" no layer may call `add_loss`. Received: '
-                f"{len(scope.losses)} such losses from one of the layers "
-                f"{', '.join(node.operation.name for node in stage.nodes if not node.waits)}. "
+                f"{len(scope.losses)} such losses from one of the layers {layers}. "
                 'Make it an output with a loss of its own, or pass batch_norm="micro_batch".'
             )
 
@@ -357,6 +365,11 @@ class _Training(keras.layers.Layer):
 
     def call(self, inputs, function, training=None):
         return function()
+
+
+def _operations():
+    """The operations traced so far; none where they run at once."""
+    return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()
 
 
 def _call(node, inputs):

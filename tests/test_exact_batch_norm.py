@@ -347,7 +347,7 @@ def noisy():
 
 
 def test_random_layers_draw_the_same_again(float64, execution):
-    expected = _train(_made(noisy))
+    expected = _train(_made(noisy), **execution)  # XLA draws otherwise
     _assert_same(_train(_exact(_made(noisy)), **execution), expected)
 
 
@@ -557,6 +557,11 @@ class _GlobalSeed(layers.Layer):
         return inputs + keras.random.normal(tf.shape(inputs))
 
 
+class _TensorFlowsRandom(layers.Layer):
+    def call(self, inputs):
+        return inputs + tf.random.normal(tf.shape(inputs))
+
+
 class _Losing(layers.Layer):
     def call(self, inputs):
         self.add_loss(tf.reduce_mean(inputs))
@@ -568,6 +573,7 @@ class _Losing(layers.Layer):
     [
         (_Counting, "changes .*/calls"),
         (_GlobalSeed, "a variable outside of the model"),
+        (_TensorFlowsRandom, "TensorFlow's RandomStandardNormal"),
         (_Losing, "`add_loss`"),
     ],
 )
@@ -587,6 +593,22 @@ def test_arguments():
         GradientAccumulateModel(model=model, micro_batch_size=4, batch_norm="big")
     with pytest.raises(ValueError, match="Pass micro_batch_size instead"):
         GradientAccumulateModel(model=model, accum_steps=4, batch_norm="exact")
+
+
+def test_a_cycle_that_is_not_finite_is_dropped_whole(float64):
+    x, y = _images(32)
+    model = GradientAccumulateModel(
+        model=_made(small), micro_batch_size=5, batch_norm="exact", non_finite="drop_cycle"
+    )
+    _, before = _train(model, (x, y))
+    x[3] = np.nan
+    model.fit(x[:16], y[:16], batch_size=16, verbose=0)
+    assert difference(state_of(model.weights), before) == 0
+    assert int(model.dropped_cycles) == 1
+    with pytest.raises(ValueError, match='Pass non_finite="drop_cycle" instead'):
+        GradientAccumulateModel(
+            model=small(), micro_batch_size=5, batch_norm="exact", non_finite="drop_micro_batch"
+        )
 
 
 def test_cheap_operations_are_computed_again_rather_than_kept():
