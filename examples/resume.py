@@ -1,0 +1,296 @@
+"""A training that is killed again and again ends with the weights of one that never was.
+
+    python -m examples.resume
+
+trains a net on handwritten digits with either wrapper, undisturbed and killed (SIGKILL, as by a
+scheduler or for want of memory) at random moments. Each time it is started again and goes on at
+its last saved point. Two ways to save: `fit` with Keras's `BackupAndRestore`, at the ends of
+epochs, and a loop of one's own with a `tf.train.Checkpoint`, every few batches. Both save in the
+middle of a cycle, too.
+"""
+
+import argparse
+import os
+import random
+import tempfile
+import time
+from multiprocessing import get_all_start_methods, get_context
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import tensorflow as tf
+
+from examples import digits
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+
+WAYS = (
+    "GradientAccumulateOptimizer",
+    "GradientAccumulateModel(accum_steps=)",
+    "GradientAccumulateModel(micro_batch_size=)",
+)
+SAVED_WITH = ("BackupAndRestore", "tf.train.Checkpoint")
+
+
+class Progress(keras.callbacks.Callback):
+    """Tells the parent of each batch and waits for its word, or for the end."""
+
+    def __init__(self, connection):
+        super().__init__()
+        self.connection = connection
+
+    def on_train_begin(self, logs=None):
+        optimizer = self.model.optimizer
+        # With micro_batch_size every batch is a whole cycle.
+        micro_step = int(getattr(optimizer, "micro_step", 0))
+        self.connection.send(("resumed", (int(optimizer.iterations), micro_step)))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.connection.send(("batch", batch))
+        self.connection.recv()
+
+
+class Backup(keras.callbacks.BackupAndRestore):
+    """Keras's, under a lock while it writes: its two files are not written as one."""
+
+    def __init__(self, folder, lock):
+        super().__init__(folder)
+        self.lock = lock
+
+    def on_epoch_end(self, epoch, logs=None):
+        with self.lock:
+            super().on_epoch_end(epoch, logs)
+
+
+def fit_with_backups(model, dataset, epochs, folder, lock, progress):
+    """Goes on with, or begins, a `fit` that saves at the ends of epochs."""
+    callbacks = [] if folder is None else [Backup(folder, lock)]
+    model.fit(dataset, epochs=epochs, verbose=0, shuffle=False, callbacks=[*callbacks, progress])
+
+
+def loop_with_checkpoints(model, dataset, epochs, folder, save_every, progress):
+    """Goes on with, or begins, a loop that saves after every `save_every`-th batch.
+
+    What CheckpointManager writes is there as a whole or not at all, so that a kill in the middle
+    of it does no harm either.
+    """
+    model.optimizer.build(model.trainable_variables)
+    done = tf.Variable(0, dtype="int64")
+    state = tf.train.Checkpoint(
+        model=model,
+        optimizer=model.optimizer,
+        done=done,
+        # The state of random layers, which Keras saves nowhere.
+        random=[v.value for v in model.non_trainable_variables],
+    )
+    manager = tf.train.CheckpointManager(state, folder, max_to_keep=2) if folder else None
+    if manager:
+        manager.restore_or_initialize()
+    progress.set_model(model)
+    progress.on_train_begin()
+    accumulating = model if isinstance(model, GradientAccumulateModel) else model.optimizer
+    while done < epochs * len(dataset):
+        for x, y in dataset.skip(done % len(dataset)):
+            model.train_on_batch(x, y)
+            done.assign_add(1)
+            if done % len(dataset) == 0:
+                accumulating.flush()
+            if manager and done % save_every == 0:
+                manager.save()
+            progress.on_train_batch_end(int(done))
+
+
+def fit_batch_size(way, args):
+    """Images in a batch given to `fit`."""
+    return args.batch_size if "micro_batch_size" in way else args.micro_batch_size
+
+
+def compile_for(way, args):
+    """A compiled model, with the same first weights in every process."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(32, "relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+    optimizer, accum_steps = keras.optimizers.Adam(1e-3), args.batch_size // args.micro_batch_size
+    if way == "GradientAccumulateOptimizer":
+        optimizer = GradientAccumulateOptimizer(optimizer, accum_steps)
+    elif way == "GradientAccumulateModel(accum_steps=)":
+        model = GradientAccumulateModel(model=model, accum_steps=accum_steps)
+    else:
+        model = GradientAccumulateModel(model=model, micro_batch_size=args.micro_batch_size)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def training_data(args):
+    return digits.load_data(args.examples)[0]
+
+
+def train(way, saved_with, folder, args, connection, lock):
+    """One life of a training: from what is saved in `folder` to its end, or until it is killed.
+
+    It sends what it goes on from, each batch, and at the end its weights.
+
+    Args:
+        way: One of `WAYS`.
+        saved_with: One of `SAVED_WITH`.
+        folder: Where to save, or None to save nothing.
+        args: What `parse` returns.
+        connection: The pipe to the parent.
+        lock: What the parent holds when it kills.
+    """
+    model, data = compile_for(way, args), training_data(args)
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(fit_batch_size(way, args))
+    progress = Progress(connection)
+    connection.send(("first_weights", model.get_weights()))
+    if saved_with == "BackupAndRestore":
+        fit_with_backups(model, dataset, args.epochs, folder, lock, progress)
+    else:
+        loop_with_checkpoints(model, dataset, args.epochs, folder, args.save_every, progress)
+    connection.send(("weights", model.get_weights()))
+
+
+def live(*what, kill_after=None, delay=0.0):
+    """Runs `train(*what)` in a process of its own.
+
+    Args:
+        *what: The first four arguments of `train`.
+        kill_after: Kills it once it has done so many batches; None lets it end.
+        delay: Seconds between that batch and the kill.
+
+    Returns:
+        Dict with the "first_weights", before anything was restored; "resumed", the updates and the
+        micro-step that it went on from; and "weights", None if it was killed.
+    """
+    context = process_context()
+    lock, (connection, childs_end) = context.Lock(), context.Pipe()
+    process = context.Process(target=train, args=(*what, childs_end, lock), daemon=True)
+    process.start()
+    childs_end.close()
+    result, batches = {"weights": None}, 0
+    try:
+        while result["weights"] is None:
+            kind, value = connection.recv()
+            if kind != "batch":
+                result[kind] = value
+                continue
+            batches += 1
+            connection.send("go on")
+            if batches == kill_after:
+                time.sleep(delay)
+                with lock:
+                    process.kill()
+                break
+    except EOFError:
+        raise RuntimeError(f"The training failed after {batches} batches.") from None
+    finally:
+        process.join()
+        connection.close()
+    return result
+
+
+def process_context():
+    """Processes that come with TensorFlow imported, but not started, where that is possible."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["examples.digits"])
+    return context
+
+
+def killed_training(way, saved_with, args, generator):
+    """One training in `args.kills + 1` lives: a list with what `live` returns of each."""
+    epoch = -(-len(training_data(args)[0]) // fit_batch_size(way, args))
+    # A life gets one batch further than the one after which it is to be killed, at the most. So
+    # no training comes to its end before it is killed for the last time.
+    longest = max(1, args.epochs * epoch // args.kills - 1)
+    lives = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.kills):
+            kill = {
+                "kill_after": generator.randint(1, longest),
+                "delay": generator.uniform(0, 0.03),
+            }
+            lives.append(live(way, saved_with, folder, args, **kill))
+        lives.append(live(way, saved_with, folder, args))
+    return lives
+
+
+def table(results):
+    """The results as lines of text, one for each training under two of headings."""
+    rows = [
+        ("", "", "", "resumed in", "weight"),
+        ("wrapper", "saved with", "kills", "mid-cycle", "difference"),
+    ]
+    for result in results:
+        rows.append(
+            (
+                result["way"],
+                result["saved_with"],
+                str(result["kills"]),
+                str(result["resumed_in_mid_cycle"]),
+                f"{result['weight_difference']:.1e}" if result["weight_difference"] else "0",
+            )
+        )
+    return digits.aligned(rows)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description="Kill trainings at random moments, resume them, and compare their weights."
+    )
+    digits.add_count(parser, "--kills", 5, "how many times each training is killed")
+    digits.add_count(parser, "--epochs", 8, "passes over the training images")
+    digits.add_count(parser, "--batch-size", 128, "images per update")
+    digits.add_count(parser, "--micro-batch-size", 32, "images per forward and backward pass")
+    digits.add_count(parser, "--save-every", 3, "batches between two savings of the loop")
+    digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
+    digits.add_count(parser, "--seed", 1, "of the random moments")
+    args = parser.parse_args(argv)
+    if args.batch_size % args.micro_batch_size:
+        parser.error(
+            "--batch-size must be a multiple of --micro-batch-size. Received: "
+            f"{args.batch_size} and {args.micro_batch_size}."
+        )
+    digits.check_batch_size(parser, args)
+    return args
+
+
+def main(argv=None):
+    """Trains undisturbed and killed, prints the table, and returns a dict for each of its rows."""
+    args = parse(argv)
+    results = []
+    for way in WAYS:
+        for saved_with in SAVED_WITH:
+            undisturbed = live(way, saved_with, None, args)
+            print(f"\n{way}, saved with {saved_with}", flush=True)
+            lives = killed_training(way, saved_with, args, random.Random(args.seed))
+            resumed = [life["resumed"] for life in lives[1:]]
+            places = ", ".join(map(str, resumed))
+            print(f"resumed after (updates, micro-steps): {places}", flush=True)
+            results.append(
+                {
+                    "way": way,
+                    "saved_with": saved_with,
+                    "kills": sum(life["weights"] is None for life in lives),
+                    "resumed_after_updates": max(updates for updates, _ in resumed),
+                    "resumed_in_mid_cycle": sum(micro_step > 0 for _, micro_step in resumed),
+                    "weight_movement": digits.largest_difference(
+                        undisturbed["weights"], undisturbed["first_weights"]
+                    ),
+                    "weight_difference": digits.largest_difference(
+                        undisturbed["weights"], lives[-1]["weights"]
+                    ),
+                }
+            )
+    print(f"\n{table(results)}\n\nWeight difference: from the training that was never killed.")
+    return results
+
+
+if __name__ == "__main__":
+    main()
