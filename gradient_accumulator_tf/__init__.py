@@ -5,6 +5,7 @@ from gradient_accumulator_tf._compat import check_installation as _check_install
 _check_installation()
 
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm  # noqa: E402
+from gradient_accumulator_tf.callbacks import ThroughputLogger  # noqa: E402
 from gradient_accumulator_tf.gradient_clipping import AdaptiveGradientClipping  # noqa: E402
 from gradient_accumulator_tf.layer_swap import swap_batch_norm  # noqa: E402
 from gradient_accumulator_tf.learning_rate import (  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "GradientAccumulateOptimizer",
     "PiecewiseConstantSteps",
     "ScaledLearningRate",
+    "ThroughputLogger",
     "__version__",
     "scale_learning_rate",
     "swap_batch_norm",

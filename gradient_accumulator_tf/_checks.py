@@ -4,13 +4,14 @@ import math
 import numbers
 
 
-def check_positive_int(name, value, meaning):
+def check_positive_int(name, value, meaning, instead="to train without accumulation"):
     """Returns `value` as a Python int, or raises if it is not a whole number of at least 1.
 
     Args:
         name: Name of the argument, for the message.
         value: What the caller passed.
         meaning: What one unit of it is, for the message ("micro-batches per update").
+        instead: What the value 1 is for, for the message.
 
     Raises:
         TypeError: If `value` is not an integer (a bool is not).
@@ -23,9 +24,7 @@ def check_positive_int(name, value, meaning):
             f"Pass a whole number such as {name}=8."
         )
     if value < 1:
-        raise ValueError(
-            f"{rule} Received: {name}={value!r}. Pass {name}=1 to train without accumulation."
-        )
+        raise ValueError(f"{rule} Received: {name}={value!r}. Pass {name}=1 {instead}.")
     return int(value)
 
 

@@ -60,6 +60,15 @@ def variable_key(optimizer, variable):
     return optimizer._var_key(variable)
 
 
+def moving_averages(optimizer):
+    """The moving averages of the variables; AttributeError where the optimizer keeps none.
+
+    `Optimizer._model_variables_moving_average` (Keras 3.8 to 3.15), where SwapEMAWeights looks for
+    them, one `inner_optimizer` deep.
+    """
+    return optimizer._model_variables_moving_average
+
+
 def call_has_training_argument(layer):
     """Whether `layer.call` takes `training` (`Layer._call_has_training_arg`, Keras 3.8 to 3.15)."""
     return layer._call_has_training_arg

@@ -1,6 +1,11 @@
 """What belongs on an epoch's end."""
 
+import math
+import time
+
 import keras
+
+from gradient_accumulator_tf._checks import check_positive_int
 
 
 class FlushAtEpochEnd(keras.callbacks.Callback):
@@ -13,3 +18,97 @@ class FlushAtEpochEnd(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Where there is no validation."""
         self.model.flush()
+
+
+class ThroughputLogger(keras.callbacks.Callback):
+    """Adds to the logs of each epoch how fast it was, and what its updates were made of.
+
+    - `examples_per_second` and `updates_per_second`: from the epoch's begin to the end of its
+      last batch; without its validation. The first epoch's time includes tracing and compiling.
+    - `effective_batch`: examples per update, the mean over the epoch's updates. NaN in an epoch
+      without one.
+    - `dropped_micro_steps`: micro-batches of this epoch that were dropped as not finite.
+
+    It must come before the callbacks that are to see these: Keras hands the logs from one to the
+    next, and to History and the progress bar last.
+
+    ```python
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+    model.compile(GradientAccumulateOptimizer("adam", accum_steps=4), loss="mse")
+    history = model.fit(
+        np.ones((256, 8)),
+        np.ones((256, 1)),
+        batch_size=16,
+        callbacks=[ThroughputLogger(batch_size=16), keras.callbacks.CSVLogger("log.csv")],
+    )
+    assert history.history["effective_batch"] == [64]
+    ```
+
+    It works with either wrapper and with neither, in which case every batch is an update.
+
+    An update counts in the epoch in which it is made. With a GradientAccumulateOptimizer, that of
+    a cycle left open at the end of the last epoch is made after that epoch, so in none.
+
+    Args:
+        batch_size: Examples in a batch that `fit` takes, over all replicas. A smaller last batch
+            is counted as a whole one.
+
+    Raises:
+        TypeError: If `batch_size` is not an integer.
+        ValueError: If it is smaller than 1.
+    """
+
+    async_safe = True  # Keras then need not wait for a batch's logs before it starts the next
+
+    def __init__(self, batch_size):
+        super().__init__()
+        meaning, instead = "examples in a batch of fit", "if fit takes single examples"
+        self.batch_size = check_positive_int("batch_size", batch_size, meaning, instead)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Takes the time and the counts that the epoch begins with."""
+        self._batches = 0
+        self._counts = _counts(self.model)
+        self._begin = self._end = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Takes the time."""
+        self._end = time.perf_counter()
+        # Some versions of Keras give the first batch of an execution, some the last.
+        size = self.model.steps_per_execution
+        batches = (batch // size + 1) * size
+        self._batches = max(self._batches, min(batches, self.params.get("steps") or batches))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Adds to the logs."""
+        updates, micro_step, dropped = (
+            now - before for now, before in zip(_counts(self.model), self._counts, strict=True)
+        )
+        seconds = self._end - self._begin
+        examples = self._batches * self.batch_size
+        micro_batch_size = getattr(self.model, "micro_batch_size", None) or self.batch_size
+        in_updates = examples - micro_step * self.batch_size - dropped * micro_batch_size
+        logs.update(
+            examples_per_second=examples / seconds if seconds else math.nan,
+            updates_per_second=updates / seconds if seconds else math.nan,
+            effective_batch=in_updates / updates if updates else math.nan,
+            dropped_micro_steps=dropped,
+        )
+
+
+def _counts(model):
+    """Updates so far, micro-steps in the open cycle, and micro-steps dropped so far."""
+    optimizers = [model.optimizer]
+    while hasattr(optimizers[-1], "inner_optimizer"):
+        optimizers.append(optimizers[-1].inner_optimizer)
+
+    def count(name):
+        counts = (getattr(owner, name, None) for owner in (model, *optimizers))
+        return _as_int(next((c for c in counts if c is not None), 0))
+
+    # Keras 3.8 counts no updates in a LossScaleOptimizer.
+    return _as_int(optimizers[-1].iterations), count("micro_step"), count("dropped_micro_steps")
+
+
+def _as_int(count):
+    return int(keras.ops.convert_to_numpy(count))

@@ -341,6 +341,15 @@ class GradientAccumulateModel(keras.Model):
         if optimizer is not None:
             optimizer.flush()
 
+    @property
+    def ended_in_update(self):
+        """Whether the last batch ended in an update: a bool, for callbacks.
+
+        As for `GradientAccumulateOptimizer`; with `micro_batch_size` every batch does.
+        """
+        optimizer = self._accumulating_optimizer
+        return optimizer is None or optimizer.ended_in_update
+
     def train_step(self, data):
         """One batch: a micro-step, or all micro-steps of an update; see the class.
 

@@ -227,6 +227,17 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         return 0 if self._accumulator is None else self._accumulator.micro_step
 
     @property
+    def ended_in_update(self):
+        """Whether the last micro-batch ended its cycle in an update: a bool, for callbacks.
+
+        With `steps_per_execution` callbacks see only the last of several batches; `iterations`
+        tells of the others. An update that a loss scale dropped ended its cycle as well.
+        """
+        if self._accumulator is not None and self._accumulator.micro_step.numpy():
+            return False
+        return bool(self.iterations.numpy())
+
+    @property
     def variables(self):
         """The inner optimizer's variables, then those of the cycle, the same from build on.
 

@@ -2,6 +2,7 @@
 
 import keras
 
+from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import refuse_arguments
 
 
@@ -58,6 +59,11 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     def optimizers(self):
         """The inner `MultiOptimizer`'s list; callbacks look for it. AttributeError otherwise."""
         return self.inner_optimizer.optimizers
+
+    @property
+    def _model_variables_moving_average(self):
+        # SwapEMAWeights looks for it in what is inside a LossScaleOptimizer.
+        return _compat.moving_averages(self.inner_optimizer)
 
     @property
     def variables(self):
