@@ -24,7 +24,7 @@ from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf.accumulator import add_to_sums, zero_sums
 from gradient_accumulator_tf.batch_norm import pooled_moments
 from gradient_accumulator_tf.graph_cuts import cut, flat_graph
-from gradient_accumulator_tf.micro_batches import sum_over_micro_batches
+from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
 from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas
 
 
@@ -93,7 +93,9 @@ class ExactBatchNorm:
             sums = [_sums_of_moments(node, tensors[node.inputs[0]]) for node in stage.measures]
             return ([], sums), [*(tensors[key] for key in stage.keeps), *draws], None
 
-        (_, sums), kept, _ = state.loop(step, state.kept_of(stage.reads))
+        (_, sums), kept, _ = state.loop(
+            step, state.kept_of(stage.reads), part="inputs" if stage.inputs else "none"
+        )
         state.kept.update(zip(stage.keeps, kept, strict=False))
         state.draws[stage] = kept[len(stage.keeps) :]
         for node, node_sums in zip(stage.measures, sums, strict=True):
@@ -192,6 +194,7 @@ class ExactBatchNorm:
                 *inputs.pending,
             ],
             variables,
+            part="inputs" if stage.inputs else "none",
         )
         groups, bars = result
         for key in stage.keeps:
@@ -210,9 +213,10 @@ class ExactBatchNorm:
         Returns:
             Dict of tensors, and list of the values that the states of random layers end with.
         """
-        inputs = _compat.standardized_inputs(self._model, micro_batch[0])
-        tensors = dict(zip(self._graph.inputs, inputs, strict=True))
-        tensors.update(zip(stage.reads, reads, strict=True))
+        tensors = dict(zip(stage.reads, reads, strict=True))
+        if stage.inputs:
+            inputs = _compat.standardized_inputs(self._model, micro_batch[0])
+            tensors.update(zip(self._graph.inputs, inputs, strict=True))
 
         def compute():
             for node in stage.nodes:
@@ -288,16 +292,21 @@ class _State:
 
     def __init__(self, batch, micro_batch_size):
         self._batch, self._micro_batch_size = batch, micro_batch_size
+        self._counter = tf.range(batch_size(batch))
         self.kept, self.draws, self.moments, self.counts = {}, {}, {}, {}
         self.cotangents, self.bars = {}, {}
 
     def kept_of(self, keys):
         return [self.kept[key] for key in keys]
 
-    def loop(self, step, kept, variables=()):
+    def loop(self, step, kept, variables=(), part="all"):
+        """`sum_over_micro_batches` with `part` of the batch: "all", "inputs" or "none"."""
+        x, *_ = self._batch
+        # To cut what nobody reads would be a third of a deep net's graph.
+        batch = {"all": self._batch, "inputs": (x,), "none": (self._counter,)}[part]
         return sum_over_micro_batches(
             step,
-            self._batch,
+            batch,
             self._micro_batch_size,
             zeros=lambda summands: zero_sums(summands, variables),
             add=add_to_sums,

@@ -77,6 +77,7 @@ class Stage:
 
     Attributes:
         nodes: List of `Node` in the order to run them in.
+        inputs: List of the model's inputs that are read here.
         reads: List of the tensors that earlier stages kept.
         keeps: List of the tensors that later stages read.
         measures: List of the batch norms whose inputs are computed here.
@@ -88,6 +89,7 @@ class Stage:
     """
 
     nodes: list
+    inputs: list
     reads: list
     keeps: list
     measures: list
@@ -168,7 +170,7 @@ class _Entry:
     """What a nested model does with its arguments before its first layer runs."""
 
     def __init__(self, model):
-        self._model = model
+        self._model, self.name = model, model.name
 
     def __call__(self, inputs, **kwargs):
         del kwargs  # `training` comes from the outermost call
@@ -231,14 +233,16 @@ def cut(graph):
         results |= dict.fromkeys(node.inputs[0] for node in measured[s])
         if s == number - 1:
             results |= dict.fromkeys(graph.outputs)
-        nodes, reads, seen = set(), {}, set(graph.inputs)
+        nodes, inputs, reads, seen = set(), [], {}, set()
         waiting = list(results)
         while waiting:
             tensor = waiting.pop()
             if tensor in seen:
                 continue
             seen.add(tensor)
-            if level[tensor] == s or tensor in cheap:
+            if tensor in graph.inputs:
+                inputs.append(tensor)
+            elif level[tensor] == s or tensor in cheap:
                 nodes.add(producers[tensor])
                 waiting += producers[tensor].inputs
             else:
@@ -249,6 +253,7 @@ def cut(graph):
         stages.append(
             Stage(
                 nodes=nodes,
+                inputs=inputs,
                 reads=list(reads),
                 keeps=list(keeps[s]),
                 measures=measured[s],
