@@ -61,8 +61,12 @@ def add_gradient(total, gradient):
 
 
 def weighted_mean(total, weight):
-    """`total / weight`; 0 where the weight is 0, as Keras's losses do it."""
-    return tf.math.divide_no_nan(total, tf.cast(weight, total.dtype))
+    """`total / weight`; 0 where the weight is 0, as Keras's losses do it.
+
+    As a product: XLA keeps quotients in memory where several operations need them, and computes
+    products anew.
+    """
+    return total * tf.cast(tf.math.reciprocal_no_nan(tf.cast(weight, tf.float64)), total.dtype)
 
 
 def sum_of_means(groups):
@@ -212,7 +216,7 @@ class _Group(tf.Module):
         total = self.sums[index].value()
         if index in certain:
             return total
-        return tf.where(self.received[index], total, tf.zeros_like(total))
+        return tf.where(self.received[index], total, tf.zeros((), total.dtype))
 
     def reset(self):
         self.weight.assign(tf.zeros_like(self.weight))
@@ -346,8 +350,11 @@ class GradientAccumulator(tf.Module):
         """For each group, the set of variables that got a gradient in this cycle; eagerly."""
         return [set(tf.where(g.received)[:, 0].numpy().tolist()) for g in self._groups]
 
-    def result(self, indices, certain=()):
+    def take_result(self, indices, certain=()):
         """What the cycle holds over all replicas, which talk to each other here and nowhere else.
+
+        On one replica the means take the sums' place, so that there is no second copy: `reset`
+        must follow.
 
         Args:
             indices: Indices of variables.
@@ -360,18 +367,30 @@ class GradientAccumulator(tf.Module):
         """
         indices = set(indices)
         certain = [*certain, *[set()] * (len(self._groups) - len(certain))]
-        groups = [
-            (
-                [
-                    group.sum_of(i, known) if i in indices else None
-                    for i in range(len(self._shapes))
-                ],
-                group.weight.value(),
-            )
-            for group, known in zip(self._groups, certain, strict=True)
-        ]
-        groups, dropped = sum_over_replicas((groups, self.dropped.value()))
-        return sum_of_means(groups), dropped
+
+        def groups(chosen):
+            return [
+                (
+                    [group.sum_of(i, known) if i in indices else None for i in chosen],
+                    group.weight.value(),
+                )
+                for group, known in zip(self._groups, certain, strict=True)
+            ]
+
+        dropped = self.dropped.value()
+        if number_of_replicas() > 1 or _compat.compiles_with_xla():
+            everything = (groups(range(len(self._shapes))), dropped)
+            summed, dropped = sum_over_replicas(everything)
+            return sum_of_means(summed), dropped
+        means, written = [], []
+        for i, place in enumerate(self._groups[0].sums):
+            with tf.control_dependencies(written):
+                (mean,) = sum_of_means(groups([i]))
+                if mean is not None:
+                    written = [place.assign(mean, read_value=False)]
+                    mean = place.value()
+            means.append(mean)
+        return means, dropped
 
     def reset(self):
         """Starts a new cycle."""

@@ -46,6 +46,7 @@ from gradient_accumulator_tf.schedules import (
     same_accum_steps,
     serialize_accum_steps,
 )
+from gradient_accumulator_tf.update_order import one_by_one
 
 
 class _MicroStep(NamedTuple):
@@ -511,6 +512,7 @@ class GradientAccumulateModel(keras.Model):
             with (
                 tf.control_dependencies([g for g in gradients if g is not None]),
                 _compat.replicas_agree(self.optimizer),
+                one_by_one(self.optimizer),
             ):
                 self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
 

@@ -34,6 +34,7 @@ from gradient_accumulator_tf.schedules import (
     serialize_accum_steps,
     traced,
 )
+from gradient_accumulator_tf.update_order import one_by_one
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
@@ -565,13 +566,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
         def update(indices, certain):
             def apply():
-                gradients, _ = accumulator.result(indices, certain)
+                gradients, _ = accumulator.take_result(indices, certain)
                 self._apply_to_inner(gradients)
                 end_cycle()
 
             def result():
                 micro_steps = tf.cast(accumulator.micro_step.value(), tf.float64)
-                return *accumulator.result(indices, certain), micro_steps * number_of_replicas()
+                everywhere = micro_steps * number_of_replicas()
+                return *accumulator.take_result(indices, certain), everywhere
 
             if self._non_finite == PROPAGATE:
                 run(apply)
@@ -614,7 +616,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         # Every replica's thread counts, as they take turns.
         self._updates_running += 1
         try:
-            with _compat.replicas_agree(self.inner_optimizer):
+            with _compat.replicas_agree(self.inner_optimizer), one_by_one(optimizer):
                 optimizer.apply(*map(list, zip(*trained, strict=True)))
         finally:
             self._updates_running -= 1
