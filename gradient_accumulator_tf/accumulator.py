@@ -90,6 +90,30 @@ def sum_of_means(groups):
     return means
 
 
+def overwritten_of(variables):
+    """Set of the variables, by index, whose "gradient" is their new value, as of float8 scales.
+
+    Those of a cycle's micro-batches are not averaged: a variable takes the largest of each
+    element, as with Keras's own accumulation. The largest input of an effective batch is the
+    largest of its micro-batches', and what does not depend on inputs is the same in all.
+    """
+    return {i for i, v in enumerate(variables) if getattr(v, "overwrite_with_gradient", False)}
+
+
+def largest(tensors):
+    """The largest of each element over a list of tensors and None, and over all replicas.
+
+    None if there is no tensor.
+    """
+    present = [t for t in tensors if t is not None]
+    if not present:
+        return None
+    values = tf.stack(present)
+    if number_of_replicas() > 1:
+        values = tf.distribute.get_replica_context().all_gather(values, axis=0)
+    return tf.reduce_max(values, axis=0)
+
+
 def zero_sums(summands, variables):
     """What a sum of one step's summands starts from; see `add_to_sums`."""
 
@@ -110,14 +134,25 @@ def zero_sums(summands, variables):
     return sums, tf.nest.map_structure(zeros, losses)
 
 
-def add_to_sums(total, summands):
-    """Adds a micro-batch's (gradients, weight) of each group, and its sums of the loss."""
+def add_to_sums(total, summands, overwritten=()):
+    """Adds a micro-batch's (gradients, weight) of each group, and its sums of the loss.
+
+    Of the variables `overwritten`, by index, the larger value is kept.
+    """
+
+    def add(i, total, gradient, weight):
+        if gradient is None:
+            return None
+        if i in overwritten:
+            return tf.maximum(total, tf.cast(gradient, total.dtype))
+        return add_gradient(total, scale_gradient(gradient, weight, total.dtype))
+
     (groups, losses), (new_groups, new_losses) = total, summands
     sums = [
         (
             [
-                None if g is None else add_gradient(t, scale_gradient(g, new_weight, t.dtype))
-                for t, g in zip(gradients, new_gradients, strict=True)
+                add(i, t, g, new_weight)
+                for i, (t, g) in enumerate(zip(gradients, new_gradients, strict=True))
             ],
             None if weight is None else weight + new_weight,
         )
@@ -177,14 +212,17 @@ def _add_to(total, gradient, started):
 class _Group(tf.Module):
     """`sum_k w_k g_k` for each variable and `sum_k w_k`, for gradients of one denominator.
 
+    Of the variables `overwritten`, by index, the largest `g_k` instead.
+
     A sum counts only where `received` says that this cycle has begun it.
     """
 
-    def __init__(self, variables, name):
+    def __init__(self, variables, overwritten, name):
         super().__init__(name=name)
         first = tf.VariableAggregation.ONLY_FIRST_REPLICA
         self.weight = sum_variable((), tf.float64, f"{name}_weight")
         self.received = sum_variable((len(variables),), tf.bool, f"{name}_received", first)
+        self._overwritten = overwritten
         self.sums = [
             sum_variable(v.shape, accumulation_dtype(v.dtype), f"{name}_gradient_sum_{i}")
             for i, v in enumerate(variables)
@@ -198,8 +236,15 @@ class _Group(tf.Module):
         if factor is not None and averaged and replicas > 1:
             factor = replicas * tf.cast(weight, tf.float64)
         started = tf.unstack(self.received)
-        for total, gradient, begun in zip(self.sums, gradients, started, strict=True):
-            if gradient is not None:
+        for i, (total, gradient, begun) in enumerate(
+            zip(self.sums, gradients, started, strict=True)
+        ):
+            if gradient is None:
+                continue
+            if i in self._overwritten:
+                gradient = tf.cast(gradient, total.dtype)
+                total.assign(tf.where(begun, tf.maximum(total, gradient), gradient))
+            else:
                 _add_to(total, scale_gradient(gradient, factor, total.dtype), begun)
         mask = [g is not None for g in gradients]
         self.received.assign(tf.logical_or(self.received, mask))
@@ -245,13 +290,14 @@ class GradientAccumulator(tf.Module):
     def __init__(self, variables, name="gradient_accumulator"):
         super().__init__(name=name)
         self._shapes = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
+        self._overwritten = overwritten_of(variables)
         self.ever_received = set()
         # Keras builds optimizers while it traces the first training step.
         with tf.init_scope():
             self.micro_step = counter("micro_step")
             self.steps_in_cycle = counter("steps_in_cycle")
             self.dropped = sum_variable((), tf.float64, "dropped")
-            self._groups = [_Group(self._shapes, "group_0")]
+            self._groups = [_Group(self._shapes, self._overwritten, "group_0")]
 
     @property
     def variables_from_build(self):
@@ -377,19 +423,26 @@ class GradientAccumulator(tf.Module):
                 for group, known in zip(self._groups, certain, strict=True)
             ]
 
+        overwritten = self._overwritten & indices
+        indices -= overwritten
         dropped = self.dropped.value()
         if number_of_replicas() > 1 or _compat.compiles_with_xla():
             everything = (groups(range(len(self._shapes))), dropped)
             summed, dropped = sum_over_replicas(everything)
-            return sum_of_means(summed), dropped
-        means, written = [], []
-        for i, place in enumerate(self._groups[0].sums):
-            with tf.control_dependencies(written):
-                (mean,) = sum_of_means(groups([i]))
-                if mean is not None:
-                    written = [place.assign(mean, read_value=False)]
-                    mean = place.value()
-            means.append(mean)
+            means = sum_of_means(summed)
+        else:
+            means, written = [], []
+            for i, place in enumerate(self._groups[0].sums):
+                with tf.control_dependencies(written):
+                    (mean,) = sum_of_means(groups([i]))
+                    if mean is not None:
+                        written = [place.assign(mean, read_value=False)]
+                        mean = place.value()
+                means.append(mean)
+        for i in sorted(overwritten):
+            means[i] = largest(
+                [group.sum_of(i, known) for group, known in zip(self._groups, certain, strict=True)]
+            )
         return means, dropped
 
     def reset(self):
@@ -402,4 +455,4 @@ class GradientAccumulator(tf.Module):
     def _make_groups(self, number):
         with tf.init_scope():
             for i in range(len(self._groups), number):
-                self._groups.append(_Group(self._shapes, f"group_{i}"))
+                self._groups.append(_Group(self._shapes, self._overwritten, f"group_{i}"))

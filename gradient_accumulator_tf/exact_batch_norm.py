@@ -17,11 +17,13 @@ References:
     - Chen et al., 2016, Training deep nets with sublinear memory cost (recomputation).
 """
 
+import functools
+
 import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf.accumulator import add_to_sums, zero_sums
+from gradient_accumulator_tf.accumulator import add_to_sums, overwritten_of, zero_sums
 from gradient_accumulator_tf.batch_norm import pooled_moments
 from gradient_accumulator_tf.graph_cuts import cut, flat_graph
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
@@ -309,7 +311,7 @@ class _State:
             batch,
             self._micro_batch_size,
             zeros=lambda summands: zero_sums(summands, variables),
-            add=add_to_sums,
+            add=functools.partial(add_to_sums, overwritten=overwritten_of(variables)),
             kept=kept,
         )
 

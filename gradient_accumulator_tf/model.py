@@ -1,5 +1,6 @@
 """GradientAccumulateModel: a Keras model whose `train_step` accumulates."""
 
+import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -8,7 +9,13 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_choice, check_positive_int
-from gradient_accumulator_tf.accumulator import add_to_sums, sum_of_means, zero_sums
+from gradient_accumulator_tf.accumulator import (
+    add_to_sums,
+    largest,
+    overwritten_of,
+    sum_of_means,
+    zero_sums,
+)
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm, led
 from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
 from gradient_accumulator_tf.conditional import across_replicas
@@ -426,13 +433,15 @@ class GradientAccumulateModel(keras.Model):
             sums, logs = self._sum_of_exact(data, total, variables)
         else:
             sums, logs = self._sum_of_micro_steps(data, total, variables)
+        newest = {i: largest([g[i] for g, _ in sums[0]]) for i in overwritten_of(variables)}
         groups, (losses, counts) = sum_over_replicas(sums)
         if groups:
             # Under a strategy, what averages was divided by the number of replicas.
+            means = sum_of_means(
+                [(g, None if w is None else w / number_of_replicas()) for g, w in groups]
+            )
             self._update(
-                sum_of_means(
-                    [(g, None if w is None else w / number_of_replicas()) for g, w in groups]
-                ),
+                [newest.get(i, mean) for i, mean in enumerate(means)],
                 counts or (tf.zeros((), tf.float64), tf.ones((), tf.float64)),
             )
         loss, values = loss_from_sums(losses)
@@ -464,7 +473,7 @@ class GradientAccumulateModel(keras.Model):
             data,
             self.micro_batch_size,
             zeros=lambda summands: zero_sums(summands, variables),
-            add=add_to_sums,
+            add=functools.partial(add_to_sums, overwritten=overwritten_of(variables)),
         )
         self._end_cycle_of_batch_norms()
         return sums, logs
