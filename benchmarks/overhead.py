@@ -163,8 +163,8 @@ def gradient_tape_loop(model, optimizer, batches, accum_steps, jit):
     return Rival(model, train_epoch)
 
 
-def make_rivals(case, micro_batches, large_batches, micro_batch_size, accum_steps, jit):
-    """Dict of name to `Rival`, in the order of the table's rows."""
+def rival_makers(case, micro_batches, large_batches, micro_batch_size, accum_steps, jit):
+    """Dict of name to a function that returns the `Rival`, in the order of the table's rows."""
 
     def across_steps(model, optimizer):
         return fit(model, optimizer, micro_batches, jit)
@@ -174,15 +174,17 @@ def make_rivals(case, micro_batches, large_batches, micro_batch_size, accum_step
 
     model, optimizer = case.model, case.optimizer
     return {
-        PLAIN: across_steps(model(), optimizer()),
-        LARGE: within_step(model(), optimizer()),
-        BUILT_IN: across_steps(model(), optimizer(gradient_accumulation_steps=accum_steps)),
-        LOOP: gradient_tape_loop(model(), optimizer(), micro_batches, accum_steps, jit),
-        OPTIMIZER: across_steps(model(), GradientAccumulateOptimizer(optimizer(), accum_steps)),
-        ACROSS_STEPS: across_steps(
+        PLAIN: lambda: across_steps(model(), optimizer()),
+        LARGE: lambda: within_step(model(), optimizer()),
+        BUILT_IN: lambda: across_steps(model(), optimizer(gradient_accumulation_steps=accum_steps)),
+        LOOP: lambda: gradient_tape_loop(model(), optimizer(), micro_batches, accum_steps, jit),
+        OPTIMIZER: lambda: across_steps(
+            model(), GradientAccumulateOptimizer(optimizer(), accum_steps)
+        ),
+        ACROSS_STEPS: lambda: across_steps(
             GradientAccumulateModel(model=model(), accum_steps=accum_steps), optimizer()
         ),
-        WITHIN_STEP: within_step(
+        WITHIN_STEP: lambda: within_step(
             GradientAccumulateModel(model=model(), micro_batch_size=micro_batch_size), optimizer()
         ),
     }
@@ -211,7 +213,7 @@ def measure(case, jit, micro_batch_size, accum_steps, steps, repeats):
     rng = np.random.default_rng(0)
     x = case.inputs(rng, updates * accum_steps * micro_batch_size)
     y = rng.integers(CLASSES, size=len(x))
-    rivals = make_rivals(
+    makers = rival_makers(
         case,
         batches_of(micro_batch_size, x, y),
         batches_of(micro_batch_size * accum_steps, x, y),
@@ -219,6 +221,7 @@ def measure(case, jit, micro_batch_size, accum_steps, steps, repeats):
         accum_steps,
         jit,
     )
+    rivals = {name: make() for name, make in makers.items()}
     differences = warm_up(rivals, case.reference)
     return time_in_turn(rivals, repeats), differences
 

@@ -1,0 +1,306 @@
+"""Gradient checkpointing under both wrappers: the large batch without it."""
+
+import functools
+import itertools
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from benchmarks import checkpointing
+from gradient_accumulator_tf import (
+    AccumBatchNorm,
+    GradientAccumulateModel,
+    GradientAccumulateOptimizer,
+    GradientCheckpoint,
+)
+from tests.oracle import EFFECTIVE, EXECUTIONS, KERAS, MICRO, difference, mirrored, regression_data
+
+STEPS = EFFECTIVE // MICRO
+OTHERS = [name for name in EXECUTIONS if name != "graph"]
+WAYS = ("optimizer", "accum_steps", "micro_batch_size")
+
+
+def blocks_model(recomputed, **kwargs):
+    """Three blocks of two layers each; the same weights in every call."""
+    keras.utils.set_random_seed(1)
+    layers = [keras.Input((5,))]
+    for _ in range(3):
+        block = keras.Sequential(
+            [keras.layers.Dense(8, "tanh", **kwargs), keras.layers.Dense(5, "tanh")]
+        )
+        layers.append(GradientCheckpoint(block) if recomputed else block)
+    return keras.Sequential([*layers, keras.layers.Dense(1)])
+
+
+def train(model, way, data=None, **compile_with):
+    """Trains for two epochs; returns the weights, and the trained model."""
+    optimizer, batch_size = keras.optimizers.Adam(0.01), MICRO
+    if way == "optimizer":
+        optimizer = GradientAccumulateOptimizer(optimizer, STEPS)
+    elif way == "accum_steps":
+        model = GradientAccumulateModel(model=model, accum_steps=STEPS)
+    else:
+        batch_size = EFFECTIVE
+    if way == "micro_batch_size":
+        model = GradientAccumulateModel(model=model, micro_batch_size=MICRO)
+    model.compile(optimizer, "mse", **compile_with)
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        model.optimizer.initial_scale = 256.0
+    x, y, _ = regression_data(4 * EFFECTIVE)
+    model.fit(x, y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
+    return model.get_weights(), model
+
+
+def test_equals_the_large_batch_without_it(execution):
+    expected, _ = train(blocks_model(recomputed=False), "large")
+    assert difference(expected, blocks_model(recomputed=False).get_weights()) > 1e-2
+    for way in WAYS:
+        weights, _ = train(blocks_model(recomputed=True), way, **execution)
+        assert difference(weights, expected) < 2e-6, way
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_equals_the_large_batch_under_mixed_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        expected, _ = train(blocks_model(recomputed=False), "large")
+        for way in WAYS:
+            weights, model = train(blocks_model(recomputed=True), way)
+            assert difference(weights, expected) < 2e-2, way
+            scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+            assert scaled == (policy == "mixed_float16")
+        begun = blocks_model(recomputed=False).get_weights()
+        assert difference(expected, begun) > 4e-2
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_regularisers_in_a_block_count_once():
+    kwargs = {"kernel_regularizer": keras.regularizers.L2(0.1)}
+    expected, _ = train(blocks_model(recomputed=False, **kwargs), "large")
+    for way in WAYS[1:]:
+        weights, _ = train(blocks_model(recomputed=True, **kwargs), way)
+        assert difference(weights, expected) < 2e-6, way
+
+
+def test_a_model_of_recomputed_blocks_is_saved_whole(tmp_path):
+    _, model = train(blocks_model(recomputed=True), "accum_steps")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x, _, _ = regression_data(7)
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+    assert sum(isinstance(layer, GradientCheckpoint) for layer in loaded.layers) == 3
+
+
+class ChangesMuch(keras.layers.Layer):
+    """Adds a loss, and counts its calls in a variable."""
+
+    def build(self, input_shape):
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        self.add_loss(keras.ops.mean(x**2))
+        return x
+
+
+def eventful_model(wrap, norm=keras.layers.BatchNormalization):
+    """Blocks that draw numbers, normalise, add losses and change variables."""
+    keras.utils.set_random_seed(1)
+    layers = [keras.Input((5,))]
+    for _ in range(2):
+        block = [
+            keras.layers.Dense(8, "tanh", activity_regularizer="l2"),
+            norm(momentum=0.9),
+            keras.layers.Dropout(0.5, seed=3),
+            ChangesMuch(),
+            keras.layers.Dense(5, "tanh", trainable=False),
+        ]
+        layers.append(wrap(keras.Sequential(block)))
+    return keras.Sequential([*layers, keras.layers.Dense(1)])
+
+
+def alone(block):
+    return block
+
+
+@pytest.mark.parametrize(
+    "way, how",
+    [*itertools.product(["large", *WAYS], ["graph"]), *(("micro_batch_size", e) for e in OTHERS)],
+)
+def test_what_a_block_draws_changes_and_adds_is_as_without_it(way, how):
+    execution, model = EXECUTIONS[how], eventful_model(alone)
+    expected, _ = train(model, way, **execution)  # XLA draws other numbers
+    assert model.layers[0].layers[-2].calls.numpy() > 0
+    weights, _ = train(eventful_model(GradientCheckpoint), way, **execution)
+    assert difference(weights, expected) < 2e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_accum_batch_norm_in_a_block(way):
+    expected, _ = train(eventful_model(alone, AccumBatchNorm), way)
+    weights, _ = train(eventful_model(GradientCheckpoint, AccumBatchNorm), way)
+    assert difference(weights, expected) < 2e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_replicas(way):
+    if way == "micro_batch_size" and KERAS < (3, 10):
+        pytest.skip("Keras before 3.10 has metrics of each replica's own")
+    trained = []
+    for wrap in (alone, GradientCheckpoint):
+        with mirrored().scope():
+            trained.append(train(eventful_model(wrap), way)[0])
+    assert difference(*trained) < 2e-6
+
+
+def test_recompute_grad_by_itself_draws_other_numbers():
+    # When this fails, GradientCheckpoint may be simpler.
+    x = tf.ones((64, 4))
+    dropout = keras.layers.Dropout(0.5, seed=1)
+    for block, is_right in (
+        (GradientCheckpoint(dropout), True),
+        (tf.recompute_grad(functools.partial(dropout, training=True)), False),
+    ):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = block(x, training=True) if is_right else block(x)
+        same = (tape.gradient(y, x).numpy() > 0) == (y.numpy() > 0)
+        assert 0 < np.mean(y.numpy() > 0) < 1
+        assert np.all(same) == is_right
+
+
+class Attends(keras.layers.Layer):
+    """Looks across positions, but not at masked ones; `outputs` may be masked as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.supports_masking = True
+        self.attention = keras.layers.MultiHeadAttention(2, 4)
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
+    def call(self, x, mask=None):
+        return x + self.attention(x, x, query_mask=mask, value_mask=mask)
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["masked", "unmasked"])
+def test_masks_reach_the_block_and_leave_it(keeps, execution):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, size=(32, 6)), rng.normal(size=(32, 1))
+    weights = []
+    for wrap in (alone, GradientCheckpoint):
+        keras.utils.set_random_seed(1)
+        layers = [keras.layers.Embedding(9, 5, mask_zero=keeps), wrap(Attends()), wrap(Attends())]
+        # What has no time axis any more must not hand on the mask that it got.
+        layers += [wrap(keras.layers.GlobalAveragePooling1D()), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input((6,), dtype="int32"), *layers])
+        model.compile(keras.optimizers.SGD(0.1), "mse", **execution)
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    assert difference(*weights) < 2e-6
+
+
+def test_a_mask_matters():
+    # The neighbour of the test above: with a mask the weights are others.
+    x = np.random.default_rng(0).integers(0, 9, size=(8, 6))
+    outputs = []
+    for mask_zero in (True, False):
+        keras.utils.set_random_seed(1)
+        layers = [keras.layers.Embedding(9, 5, mask_zero=mask_zero), GradientCheckpoint(Attends())]
+        outputs.append(keras.Sequential(layers).predict(x, verbose=0))
+    assert difference(*outputs) > 1e-3
+
+
+def test_several_inputs_and_outputs():
+    keras.utils.set_random_seed(1)
+    a, b = keras.Input((3,)), keras.Input((3,))
+    block = keras.Model([a, b], {"sum": keras.layers.Dense(3)(a + b), "b": b * 2})
+    x = [tf.random.normal((4, 3)), tf.random.normal((4, 3))]
+    results = []
+    for layer in (block, GradientCheckpoint(block)):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+            loss = tf.reduce_sum(y["sum"] ** 3) + tf.reduce_sum(y["b"] ** 2)
+        results.append(tf.nest.flatten(tape.gradient(loss, [x, block.trainable_variables])))
+    assert difference(*results) < 1e-6
+
+
+def test_the_output_shape_is_known():
+    outputs = GradientCheckpoint(keras.layers.Dense(7))(keras.Input((5,)))
+    assert outputs.shape == (None, 7)
+
+
+def test_what_is_no_layer_is_refused():
+    with pytest.raises(ValueError, match=r"Keras layer or model\. Received: <function alone"):
+        GradientCheckpoint(alone)
+
+
+remat_scope = pytest.mark.skipif(
+    not hasattr(keras, "RematScope"), reason="this Keras has no RematScope"
+)
+
+
+def scoped_model(**scope):
+    keras.utils.set_random_seed(1)
+    with keras.RematScope(**scope):
+        inputs = keras.Input((5,))
+        x = keras.layers.Dense(8, "tanh", name="first")(inputs)
+        x = keras.layers.Dense(8, "tanh", name="second")(x)
+        return keras.Model(inputs, keras.layers.Dense(1)(x))
+
+
+@remat_scope
+@pytest.mark.parametrize(
+    "scope",
+    [{"mode": "full"}, {"mode": "list_of_layers", "layer_names": ["first", "second"]}],
+    ids=["full", "list_of_layers"],
+)
+def test_keras_own_scope_still_raises_in_a_graph(scope):
+    # When this fails, GradientCheckpoint may give way to it.
+    with pytest.raises(ValueError, match="keywords arguments only when eager"):
+        train(scoped_model(**scope), "large")
+    train(scoped_model(**scope), "large", run_eagerly=True)
+
+
+@remat_scope
+def test_keras_own_scope_for_activations_works_under_the_wrappers():
+    expected, _ = train(scoped_model(mode=None), "large")
+    for way in WAYS:
+        weights, _ = train(scoped_model(mode="activations"), way)
+        assert difference(weights, expected) < 2e-6, way
+
+
+def test_the_benchmark_measures_all_combinations(tmp_path, capsys):
+    try:
+        tf.config.experimental.get_memory_info("CPU:0")
+    except ValueError:
+        pytest.skip("TensorFlow counts no memory on this CPU (it does with oneDNN)")
+    options = "--batch-size 16 --micro-batch-size 4 --blocks 4 --filters 12 --repeats 1".split()
+    files = [tmp_path / "results.json", tmp_path / "results.png"]
+    results = checkpointing.main([*options, "--json", str(files[0]), "--plot", str(files[1])])
+    peaks = {result["combination"]: result["peak"] for result in results}
+    assert len(peaks) == 8
+    # Each remedy saves, on its own and last of all.
+    for remedy in checkpointing.REMEDIES:
+        rest = tuple(r for r in checkpointing.REMEDIES if r != remedy)
+        assert peaks[remedy,] < 0.8 * peaks[()]
+        assert peaks[checkpointing.REMEDIES] < peaks[rest]
+    for result in results:
+        tolerance = 0.05 if "mixed precision" in result["combination"] else 1e-4
+        assert result["difference"] <= tolerance * results[0]["movement"]
+    printed = capsys.readouterr().out
+    assert checkpointing.table(results) in printed
+    assert json.loads(files[0].read_text())["results"][0]["peak"] == peaks[()]
+    assert files[1].stat().st_size > 0
+
+
+def test_the_benchmark_refuses_sizes(capsys):
+    with pytest.raises(SystemExit):
+        checkpointing.main(["--repeats", "0"])
+    assert "at least 1" in capsys.readouterr().err
