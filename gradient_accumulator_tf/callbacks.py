@@ -27,7 +27,8 @@ class ThroughputLogger(keras.callbacks.Callback):
       last batch; without its validation. The first epoch's time includes tracing and compiling.
     - `effective_batch`: examples per update, the mean over the epoch's updates. NaN in an epoch
       without one.
-    - `dropped_micro_steps`: micro-batches of this epoch that were dropped as not finite.
+    - `dropped_micro_steps`: micro-batches that were dropped as not finite so far, the count that
+      optimizer and model keep under this name.
 
     It must come before the callbacks that are to see these: Keras hands the logs from one to the
     next, and to History and the progress bar last.
@@ -81,8 +82,9 @@ class ThroughputLogger(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Adds to the logs."""
+        counts = _counts(self.model)
         updates, micro_step, dropped = (
-            now - before for now, before in zip(_counts(self.model), self._counts, strict=True)
+            now - before for now, before in zip(counts, self._counts, strict=True)
         )
         seconds = self._end - self._begin
         examples = self._batches * self.batch_size
@@ -92,7 +94,7 @@ class ThroughputLogger(keras.callbacks.Callback):
             examples_per_second=examples / seconds if seconds else math.nan,
             updates_per_second=updates / seconds if seconds else math.nan,
             effective_batch=in_updates / updates if updates else math.nan,
-            dropped_micro_steps=dropped,
+            dropped_micro_steps=counts[-1],
         )
 
 
