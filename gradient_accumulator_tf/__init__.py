@@ -6,6 +6,7 @@ _check_installation()
 
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm  # noqa: E402
 from gradient_accumulator_tf.callbacks import ThroughputLogger  # noqa: E402
+from gradient_accumulator_tf.equivalence import check_equivalence  # noqa: E402
 from gradient_accumulator_tf.gradient_checkpointing import GradientCheckpoint  # noqa: E402
 from gradient_accumulator_tf.gradient_clipping import AdaptiveGradientClipping  # noqa: E402
 from gradient_accumulator_tf.layer_swap import swap_batch_norm  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "ScaledLearningRate",
     "ThroughputLogger",
     "__version__",
+    "check_equivalence",
     "scale_learning_rate",
     "swap_batch_norm",
 ]

@@ -51,6 +51,16 @@ def check_installation():
             )
 
 
+def compile_arguments(model):
+    """Dict of what a model was compiled with: optimizer, losses, how it is run.
+
+    `Trainer._compile_config` (Keras 3.8 to 3.15); `get_compile_config` returns it serialised, which
+    a loss that is a plain function cannot be. Without metrics, which keep state.
+    """
+    config = dict(model._compile_config.config)
+    return {name: value for name, value in config.items() if "metrics" not in name}
+
+
 def variable_key(optimizer, variable):
     """Hashable identity of a trainable variable, whether Keras's or the `tf.Variable` inside it.
 

@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from gradient_accumulator_tf import _compat
+
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
 class GradientCheckpoint(keras.layers.Wrapper):
@@ -80,7 +82,7 @@ class GradientCheckpoint(keras.layers.Wrapper):
                 # Named, as the second pass is outside of the call that layers take it from.
                 outputs = self.layer(inputs, training=training)
             ends = [scope.get_current_value(v) for v in states]
-            first.append((ends, keras.tree.map_structure(_mask_of, outputs)))
+            first.append((ends, keras.tree.map_structure(_compat.keras_mask, outputs)))
             return outputs, list(scope.losses)
 
         outputs, losses = tf.recompute_grad(compute)(inputs)
@@ -105,12 +107,8 @@ class GradientCheckpoint(keras.layers.Wrapper):
 # Tensors lose their masks on the way through a function with a gradient of its own.
 
 
-def _mask_of(tensor):
-    return getattr(tensor, "_keras_mask", None)
-
-
 def _set_masks(tensors, masks):
     if masks is not None:
         pairs = zip(keras.tree.flatten(tensors), keras.tree.flatten(masks), strict=True)
         for tensor, mask in pairs:
-            tensor._keras_mask = mask
+            _compat.set_keras_mask(tensor, mask)

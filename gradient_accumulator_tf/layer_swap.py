@@ -13,6 +13,7 @@ from gradient_accumulator_tf.batch_norm import (
     is_known_batch_norm,
     is_like_batch_norm,
 )
+from gradient_accumulator_tf.model_copy import as_uncompiled, copy_layer
 
 _TARGETS = ("accum", "group", "layer", "instance", "frozen", "batch")
 _STATE = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -213,13 +214,11 @@ class _Swap:
             if layer not in self.stand_ins:
                 if _compat.is_functional(layer):
                     return self._clone(layer, pairs)
-                self.stand_ins[layer] = _copy(layer)
+                self.stand_ins[layer] = copy_layer(layer)
                 pairs.append((layer, self.stand_ins[layer]))
             return self.stand_ins[layer]
 
-        # `clone_model` of newer Keras compiles the clone as well, and an older one does not.
-        compiled, model.compiled = model.compiled, False
-        try:
+        with as_uncompiled(model):
             if isinstance(model, keras.Sequential):
                 clone = keras.models.clone_model(model, clone_function=stand_in)
             else:
@@ -229,8 +228,6 @@ class _Swap:
                     clone_function=stand_in,
                     call_function=_call,
                 )
-        finally:
-            model.compiled = compiled
         if type(clone) is not type(model):
             raise ValueError(
                 "A functional model's class must take the constructor arguments of `keras.Model`, "
@@ -333,7 +330,9 @@ def _check_positions(to, layer, path):
 
 def _new_inputs(model):
     """Inputs like a functional model's, which `clone_model` would make without their names."""
-    new = {id(x.output): _copy(x) for x in model.layers if isinstance(x, keras.layers.InputLayer)}
+    new = {
+        id(x.output): copy_layer(x) for x in model.layers if isinstance(x, keras.layers.InputLayer)
+    }
     return keras.tree.map_structure(lambda tensor: new[id(tensor)].output, model.input)
 
 
@@ -342,21 +341,6 @@ def _call(layer, *args, **kwargs):
     if "mask" in kwargs and "mask" not in inspect.signature(layer.call).parameters:
         del kwargs["mask"]
     return layer(*args, **kwargs)
-
-
-def _copy(layer):
-    """A layer like `layer`, with other weights."""
-    config = layer.get_config()
-    if isinstance(layer, keras.layers.Lambda):
-        # Its config holds the function's byte code, which newer Keras does not load, without
-        # what the function refers to.
-        config["function"] = layer.function
-        if callable(layer.mask):
-            config["mask"] = layer.mask
-        if isinstance(config.get("output_shape"), dict):
-            config["output_shape"] = layer.compute_output_shape
-        return type(layer)(**config)
-    return type(layer).from_config(config)
 
 
 def _holders(layer, seen):

@@ -78,7 +78,7 @@ class _Loss(NamedTuple):
     share: Any
 
 
-_TRAINER_METHODS = (
+TRAINER_METHODS = (
     "train_step",
     "test_step",
     "predict_step",
@@ -799,7 +799,7 @@ def _wrapped_model(cls, inputs, outputs, model, kwargs):
         )
     overridden = [
         name
-        for name in _TRAINER_METHODS
+        for name in TRAINER_METHODS
         if getattr(type(model), name) is not getattr(keras.Model, name)
     ]
     if overridden:
