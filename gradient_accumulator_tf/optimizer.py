@@ -55,6 +55,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     them, and differs.
 
     ```python
+    x, y = np.ones((256, 8)), np.ones((256, 1))
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
     optimizer = GradientAccumulateOptimizer("adam", accum_steps=8)
     model.compile(optimizer, loss="mse")
     model.fit(x, y, batch_size=4)  # an update every 8 batches, so for every 32 examples
@@ -63,11 +65,12 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     In a loop of your own, give each micro-batch's gradients to it and flush at the end:
 
     ```python
-    for x, y in dataset:
+    loss_fn = keras.losses.MeanSquaredError()
+    for x_batch, y_batch in tf.data.Dataset.from_tensor_slices((x, y)).batch(4):
         with tf.GradientTape() as tape:
-            loss = loss_fn(y, model(x, training=True))
+            loss = loss_fn(y_batch, model(x_batch, training=True))
         gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables, weight=len(x))
+        optimizer.apply(gradients, model.trainable_variables, weight=len(x_batch))
     optimizer.flush()
     ```
 
