@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-oldest benchmarks clean
+.PHONY: help demo test lint docs test-oldest benchmarks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -40,6 +40,10 @@ lint: $(STAMP)  ## check style and formatting
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 
+# -E reads all pages anew, as the API reference depends on the package and not on pages only.
+docs: $(STAMP)  ## build the documentation into docs/_build
+	$(RUN) -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
+
 test-oldest: $(STAMP)  ## run the suite on the oldest supported TensorFlow and Keras
 	$(RUN) -m nox --session tests_oldest -- $(PYTEST_ARGS)
 
@@ -49,5 +53,5 @@ benchmarks: $(STAMP)  ## measure what a micro-step costs, what an update sends, 
 	$(RUN) -m benchmarks.batch_norm
 
 clean:  ## remove the environments, caches and builds
-	rm -rf .venv .nox .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .nox .hypothesis .pytest_cache .ruff_cache build dist docs/_build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
