@@ -52,7 +52,7 @@ class EquivalenceReport(NamedTuple):
     Attributes:
         equivalent: Whether every variable is within the tolerance.
         variables: Tuple of a `VariableDifference` for each weight of the model.
-        causes: Tuple of the `Cause`s that were found; empty if equivalent.
+        causes: Tuple of what was found, each a `Cause`; empty if equivalent.
         setting: What was compared, in words.
     """
 
