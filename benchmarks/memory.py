@@ -120,7 +120,7 @@ def measure(make_case, width, rival, micro_batch_size, accum_steps, jit):
     """
     meter = find_meter()
 
-    def train(width):
+    def rival_of(width):
         case, rng = make_case(width), np.random.default_rng(0)
         x = case.inputs(rng, 2 * accum_steps * micro_batch_size)
         y = rng.integers(overhead.CLASSES, size=len(x))
@@ -129,7 +129,11 @@ def measure(make_case, width, rival, micro_batch_size, accum_steps, jit):
             for size in (micro_batch_size, micro_batch_size * accum_steps)
         ]
         makers = overhead.rival_makers(case, *batches, micro_batch_size, accum_steps, jit)
-        made = makers[rival]()
+        return makers[rival]()
+
+    def train(width):
+        # Data that is not trained with must be gone before memory is looked at.
+        made = rival_of(width)
         made.train_epoch()
         gc.collect()
         meter.restart()
