@@ -128,6 +128,19 @@ def largest_difference(arrays, others):
     return max(float(np.max(np.abs(a - b))) for a, b in zip(arrays, others, strict=True))
 
 
+def compare(results, references):
+    """Adds to each way's results the difference of its weights from its reference's.
+
+    The largest, as a fraction of the reference's largest movement of a weight. The reference is
+    the last way before it, or itself, that is one of `references`.
+    """
+    for result in results:
+        if result["way"] in references:
+            reference = result
+        difference = largest_difference(result["weights"], reference["weights"])
+        result["weight_difference"] = difference / reference["weight_movement"]
+
+
 def in_own_process(function, *args):
     """`function(*args)`, from a fresh process that ends with it."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
@@ -214,6 +227,17 @@ def add_count(parser, name, default, meaning):
     parser.add_argument(name, metavar="N", type=positive_int, default=default, help=meaning)
 
 
+def check_multiple(parser, args):
+    """Ends with the parser's error unless micro-batches make up an effective batch."""
+    if args.batch_size % args.micro_batch_size:
+        nearest = max(1, args.batch_size // args.micro_batch_size) * args.micro_batch_size
+        parser.error(
+            "--batch-size must be a multiple of --micro-batch-size. Received: "
+            f"{args.batch_size} and {args.micro_batch_size}. Pass for example "
+            f"--batch-size {nearest}."
+        )
+
+
 def check_batch_size(parser, args):
     """Ends with the parser's error if there are too few images for one effective batch."""
     (x, _), _ = load_data(args.examples)
@@ -236,13 +260,7 @@ def parse(argv):
     add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
     parser.add_argument("--plot", metavar="FILE.png", help="draw losses and memory into this file")
     args = parser.parse_args(argv)
-    if args.batch_size % args.micro_batch_size:
-        nearest = max(1, args.batch_size // args.micro_batch_size) * args.micro_batch_size
-        parser.error(
-            "--batch-size must be a multiple of --micro-batch-size. Received: "
-            f"{args.batch_size} and {args.micro_batch_size}. Pass for example "
-            f"--batch-size {nearest}."
-        )
+    check_multiple(parser, args)
     check_batch_size(parser, args)
     if args.plot and not Path(args.plot).absolute().parent.is_dir():
         parser.error(f"--plot must name a file in an existing folder. Received: {args.plot}")
