@@ -5,7 +5,8 @@
 
 Four parts: `accuracy` trains a net with six batch norms on scikit-learn's digits, `equality`
 compares the weights of exact and large batch after one and ten updates, `time` takes steps in
-turn in one process, and `memory` finds each way's peak in a process of its own.
+turn in one process, and `memory` finds each way's peak in a process of its own: on a GPU from
+TensorFlow's statistics, else from what the process held, as in benchmarks/memory.py.
 """
 
 import argparse
@@ -22,8 +23,8 @@ import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from benchmarks import overhead
-from examples.digits import in_own_process, largest_difference, peak_memory
+from benchmarks import memory, overhead
+from examples.digits import in_own_process, largest_difference
 from gradient_accumulator_tf import GradientAccumulateModel, swap_batch_norm
 
 LARGE = "large batch"
@@ -266,20 +267,25 @@ def peak(name, way, batch_size, options):
     x, y = map(tf.constant, random_images(batch_size, options.size))
     net = made(NETS[name], size=options.size)
     model = compile_for(prepared(way, net, options.micro_batch_size), keras.optimizers.SGD(1e-3))
-    before = peak_memory()
+    meter = memory.find_meter()
+    meter.restart()
+    before = meter.now()
     for _ in range(2):
         model.train_on_batch(x, y)
-    return peak_memory() - before
+    return meter.peak() - before
 
 
 def measure_memory(options):
-    return {
-        name: {
-            way: [in_own_process(peak, name, way, n, options) for n in options.memory_batch_sizes]
-            for way in (LARGE, EXACT, MICRO)
+    with memory.environment(memory.GIVES_BACK):
+        return {
+            name: {
+                way: [
+                    in_own_process(peak, name, way, n, options) for n in options.memory_batch_sizes
+                ]
+                for way in (LARGE, EXACT, MICRO)
+            }
+            for name in options.nets
         }
-        for name in options.nets
-    }
 
 
 def slope(sizes, peaks):
@@ -300,11 +306,6 @@ def memory_table(measured, options):
 
 
 # The report.
-
-
-def markdown(rows):
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def plot_accuracy(measured, path):
@@ -342,10 +343,8 @@ def plot_memory(measured, options, path):
 
 
 def setting(options):
-    gpus = len(tf.config.list_physical_devices("GPU"))
     return (
-        f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} CPU cores, "
-        f"{gpus or 'no'} GPU. Accuracy: effective batch {options.batch_size}, micro-batch "
+        f"{overhead.machine()}. Accuracy: effective batch {options.batch_size}, micro-batch "
         f"{options.accuracy_micro_batch_size}, {options.seeds} seeds. Time and memory: images of "
         f"{options.size} x {options.size}, micro-batch {options.micro_batch_size}; time at "
         f"effective batch {options.batch_size}, ratio of the medians of {options.repeats} epochs "
@@ -374,7 +373,10 @@ def parse(argv):
     parser.add_argument("--json", help="file to write what was measured to")
     parser.add_argument("--plot", help="file for the picture of accuracies")
     parser.add_argument("--memory-plot", help="file for the picture of peak memory")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if "memory" in options.parts:
+        memory.check_meter(parser)
+    return options
 
 
 def main(argv=None):
@@ -395,7 +397,7 @@ def main(argv=None):
     results = {}
     for part in options.parts:
         results[part] = measure[part](options)
-        print(f"\n{markdown(tables[part](results[part]))}", flush=True)
+        print(f"\n{overhead.markdown(tables[part](results[part]))}", flush=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"setting": setting(options), **results}, file, indent=1)

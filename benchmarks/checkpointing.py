@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks import memory
+from benchmarks.overhead import machine, markdown
 from examples.digits import in_own_process, largest_difference
 from gradient_accumulator_tf import GradientAccumulateModel, GradientCheckpoint
 
@@ -104,7 +105,7 @@ def table(results):
                 f"{result['difference'] / results[0]['movement']:.1e}",
             ]
         )
-    return memory.markdown(rows)
+    return markdown(rows)
 
 
 def plot(results, path):
@@ -152,7 +153,7 @@ def parse(argv):
 def main(argv=None):
     """Measures, prints, and returns a list with a dict for each combination."""
     options = parse(argv)
-    print(memory.setting(), flush=True)
+    print(machine(), flush=True)
     results = []
     for combination in COMBINATIONS:
         print(f"measuring {' + '.join(combination) or 'none'}", file=sys.stderr, flush=True)
@@ -165,7 +166,7 @@ def main(argv=None):
     if options.json:
         Path(options.json).write_text(
             json.dumps(
-                {"setting": memory.setting(), "options": vars(options), "results": results},
+                {"setting": machine(), "options": vars(options), "results": results},
                 indent=1,
             )
         )

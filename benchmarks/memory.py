@@ -28,10 +28,19 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks import overhead
-from benchmarks.overhead import BUILT_IN, LARGE, LOOP, OPTIMIZER, PLAIN
+from benchmarks.overhead import BUILT_IN, LARGE, PLAIN, machine, markdown
 from examples.digits import in_own_process
 
-RIVALS = (PLAIN, LARGE, BUILT_IN, LOOP, OPTIMIZER, overhead.ACROSS_STEPS, overhead.WITHIN_STEP)
+RIVALS = (
+    PLAIN,
+    LARGE,
+    BUILT_IN,
+    overhead.LOOP,
+    overhead.TENSOR_LOOP,
+    overhead.OPTIMIZER,
+    overhead.ACROSS_STEPS,
+    overhead.WITHIN_STEP,
+)
 OPTIMIZERS = {"SGD": overhead.SGD, "Adam": overhead.ADAM}
 SMALL = 4  # width of the nets that show what a program itself takes
 
@@ -110,6 +119,12 @@ def process_meter():
 def find_meter():
     gpus = tf.config.list_logical_devices("GPU")
     return device_meter(gpus[0].name.removeprefix("/device:")) if gpus else process_meter()
+
+
+def check_meter(parser):
+    """Ends with the parser's error where memory cannot be measured."""
+    if not tf.config.list_physical_devices("GPU") and not Path("/proc/self/clear_refs").exists():
+        parser.error("without a GPU memory can be measured on Linux only")
 
 
 def measure(make_case, width, rival, micro_batch_size, accum_steps, jit):
@@ -210,17 +225,6 @@ def measure_batches(options):
 # The report.
 
 
-def setting():
-    gpus = tf.config.list_physical_devices("GPU")
-    where = f"{len(gpus)} GPU" if gpus else f"no GPU, {os.cpu_count()} CPU cores"
-    return f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {where}"
-
-
-def markdown(rows):
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def copies(measured):
     """By column and rival, float32 copies of the parameters that the peak is above plain fit's."""
     return {
@@ -255,7 +259,7 @@ def plot(results, path):
     figure = Figure(figsize=(6 * len(results), 5), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     colors = {rival: f"C{i}" for i, rival in enumerate(RIVALS)}
-    styles = dict(zip(RIVALS, ("k:", "-", "--", "-.", "-", "--", "-"), strict=True))
+    styles = dict(zip(RIVALS, ("k:", "-", "--", "-.", ":", "-", "--", "-"), strict=True))
     for panel, (name, measured) in zip(panels, results.items(), strict=True):
         if name == "batches":
             for rival, row in measured.items():
@@ -320,15 +324,14 @@ def parse(argv):
             f"--effective-batches must be multiples of --micro-batch-size. Received: {bad} and "
             f"{options.micro_batch_size}."
         )
-    if not tf.config.list_physical_devices("GPU") and not Path("/proc/self/clear_refs").exists():
-        parser.error("without a GPU memory can be measured on Linux only")
+    check_meter(parser)
     return options
 
 
 def main(argv=None):
     """Measures, prints, and returns a dict with what each table was made of."""
     options = parse(argv)
-    print(setting(), flush=True)
+    print(machine(), flush=True)
     results = {}
     for name in options.tables:
         if name == "batches":
@@ -350,7 +353,7 @@ def main(argv=None):
             )
     if options.json:
         Path(options.json).write_text(
-            json.dumps({"setting": setting(), "options": vars(options), **results}, indent=1)
+            json.dumps({"setting": machine(), "options": vars(options), **results}, indent=1)
         )
     if options.plot:
         plot(results, options.plot)

@@ -1,20 +1,23 @@
 """What accumulating costs: an epoch of each way to do it, over an epoch of plain fit.
 
-    python benchmarks/overhead.py
-    python benchmarks/overhead.py --cases dense-1M-SGD dense-1M-Adam --jit on --json times.json
+    python -m benchmarks.overhead
+    python -m benchmarks.overhead --cases dense-1M-SGD --jit on --accum-steps 8 --json times.json
 
 All rivals train the same model on the same examples in one process, an epoch each in turn, so
 that a busy moment of the machine meets all of them. Plain fit updates after every micro-batch.
+TensorFlow trains on a GPU if there is one; what was measured on is printed.
 """
 
 import argparse
 import functools
 import gc
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,7 +35,8 @@ TOLERANCE = 1e-4  # what float32 makes of sums in another order, after an epoch
 PLAIN = "plain fit"
 LARGE = "plain fit, large batch"
 BUILT_IN = "Keras gradient_accumulation_steps"
-LOOP = "GradientTape loop"
+LOOP = "GradientTape loop (a list of variables)"
+TENSOR_LOOP = "GradientTape loop (a list of tensors)"
 OPTIMIZER = "GradientAccumulateOptimizer"
 ACROSS_STEPS = "GradientAccumulateModel(accum_steps)"
 WITHIN_STEP = "GradientAccumulateModel(micro_batch_size)"
@@ -77,11 +81,58 @@ def embedding_model(rows, columns, length):
     )
 
 
+def convolutional_model(size, *filters):
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((size, size, 3))
+    for n in filters:
+        x = keras.layers.Conv2D(n, 3, padding="same", activation="relu")(x)
+        x = keras.layers.AveragePooling2D(2)(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(CLASSES)(x))
+
+
+def transformer_model(length, width, blocks):
+    """A transformer on vectors: on tokens the embedding, a case of its own, would rule."""
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    x = inputs = keras.Input((length, width))
+    for _ in range(blocks):
+        normal = layers.LayerNormalization()(x)
+        attention = layers.MultiHeadAttention(num_heads=4, key_dim=width // 4)
+        x = layers.Add()([x, attention(normal, normal)])
+        hidden = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
+        x = layers.Add()([x, layers.Dense(width)(hidden)])
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(CLASSES)(x))
+
+
+def normal_inputs(shape, rng, examples):
+    return rng.normal(size=(examples, *shape)).astype("float32")
+
+
 def dense_case(optimizer, steps, features, *units):
     return Case(
         functools.partial(dense_model, features, *units),
         optimizer,
-        lambda rng, examples: rng.normal(size=(examples, features)).astype("float32"),
+        functools.partial(normal_inputs, (features,)),
+        steps,
+    )
+
+
+def convolutional_case(optimizer, steps, size=32, filters=(32, 64, 128)):
+    return Case(
+        functools.partial(convolutional_model, size, *filters),
+        optimizer,
+        functools.partial(normal_inputs, (size, size, 3)),
+        steps,
+    )
+
+
+def transformer_case(optimizer, steps, length=64, width=128, blocks=4):
+    return Case(
+        functools.partial(transformer_model, length, width, blocks),
+        optimizer,
+        functools.partial(normal_inputs, (length, width)),
         steps,
     )
 
@@ -105,6 +156,10 @@ CASES = {
     "dense-1M-Adam": dense_case(ADAM, 96, 512, 768, 768),
     "dense-20M-SGD": dense_case(SGD, 16, 1024, 4096, 3840),
     "dense-20M-Adam": dense_case(ADAM, 16, 1024, 4096, 3840),
+    "convolutional-SGD": convolutional_case(SGD, 32),
+    "convolutional-Adam": convolutional_case(ADAM, 32),
+    "transformer-SGD": transformer_case(SGD, 16),
+    "transformer-Adam": transformer_case(ADAM, 16),
     "embedding-SGD": embedding_case(SGD, 64),
     # Keras's Adam on a sparse gradient is not that on the dense one, which all accumulation uses.
     "embedding-Adam": embedding_case(ADAM, 16, reference=LOOP),
@@ -129,7 +184,7 @@ def fit(model, optimizer, batches, jit):
 
 
 def gradient_tape_loop(model, optimizer, batches, accum_steps, jit):
-    """The rival that people write by hand, without this package or Keras's."""
+    """What people write by hand, with sums in variables as in Keras's own accumulation."""
     loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     variables = model.trainable_variables
     optimizer.build(variables)
@@ -163,6 +218,38 @@ def gradient_tape_loop(model, optimizer, batches, accum_steps, jit):
     return Rival(model, train_epoch)
 
 
+def tensor_loop(model, optimizer, batches, accum_steps, jit):
+    """What people write by hand, with sums in tensors that each micro-step takes and returns."""
+    loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+
+    @tf.function(jit_compile=jit)
+    def micro_step(sums, x, y):
+        with tf.GradientTape() as tape:
+            loss = loss_fn(y, model(x, training=True))
+            share = loss / accum_steps
+        gradients = tape.gradient(share, variables)
+        return loss, [a + tf.convert_to_tensor(b) for a, b in zip(sums, gradients, strict=True)]
+
+    @tf.function(jit_compile=jit)
+    def update(sums):
+        optimizer.apply(sums, variables)
+
+    def train_epoch():
+        losses = []
+        sums = zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
+        for step, (x, y) in enumerate(batches, start=1):
+            loss, sums = micro_step(sums, x, y)
+            losses.append(loss)
+            if step % accum_steps == 0:
+                update(sums)
+                sums = zeros
+        return float(tf.reduce_mean(losses))
+
+    return Rival(model, train_epoch)
+
+
 def rival_makers(case, micro_batches, large_batches, micro_batch_size, accum_steps, jit):
     """Dict of name to a function that returns the `Rival`, in the order of the table's rows."""
 
@@ -178,6 +265,7 @@ def rival_makers(case, micro_batches, large_batches, micro_batch_size, accum_ste
         LARGE: lambda: within_step(model(), optimizer()),
         BUILT_IN: lambda: across_steps(model(), optimizer(gradient_accumulation_steps=accum_steps)),
         LOOP: lambda: gradient_tape_loop(model(), optimizer(), micro_batches, accum_steps, jit),
+        TENSOR_LOOP: lambda: tensor_loop(model(), optimizer(), micro_batches, accum_steps, jit),
         OPTIMIZER: lambda: across_steps(
             model(), GradientAccumulateOptimizer(optimizer(), accum_steps)
         ),
@@ -273,27 +361,44 @@ def ratio(seconds, base):
 # The report.
 
 
-def setting(options):
-    """One line that says what was measured on what."""
-    gpus = len(tf.config.list_physical_devices("GPU"))
+def machine():
+    """What is measured on, in a few words."""
+    gpus = tf.config.list_physical_devices("GPU")
+    names = Counter(
+        tf.config.experimental.get_device_details(gpu).get("device_name", "unknown") for gpu in gpus
+    )
+    kinds = ", ".join(f"{count} GPU ({name})" for name, count in names.items())
     return (
         f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} CPU cores, "
-        f"{gpus or 'no'} GPU; {options.accum_steps} micro-batches of {options.micro_batch_size} "
-        f"per update. Epoch time over that of plain fit at the micro-batch: ratio of the medians "
-        f"of {options.repeats} epochs, in brackets the quartiles."
+        f"{kinds or 'no GPU'}"
     )
+
+
+def setting(options):
+    """One line that says what was measured on what."""
+    return (
+        f"{machine()}; micro-batches of {options.micro_batch_size}. Epoch time over that of plain "
+        f"fit at the micro-batch: ratio of the medians of {options.repeats} epochs, in brackets "
+        "the quartiles."
+    )
+
+
+def markdown(rows):
+    """Markdown table of rows of text, the first of which are the headings."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def table(measured):
     """Markdown table of ratios: a row for each rival, a column for each case."""
     rivals = list(next(iter(measured.values())))
-    rows = [["", *measured], ["---"] * (1 + len(measured))]
+    rows = [["", *measured]]
     for rival in rivals:
         cells = [ratio(seconds[rival], seconds[PLAIN]) for seconds in measured.values()]
         rows.append([rival, *(f"{mid:.2f} ({low:.2f}-{high:.2f})" for mid, low, high in cells)])
     plain = [statistics.median(seconds[PLAIN]) for seconds in measured.values()]
     rows.append([f"seconds of {PLAIN}", *(f"{median:.2f}" for median in plain)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 def rule(measured, base):
@@ -306,12 +411,12 @@ def rule(measured, base):
 
 
 def plot(results, path):
-    """Bars of the table's ratios, a panel for each jit mode."""
+    """Bars of the tables' ratios, a panel for each table."""
     from matplotlib.figure import Figure  # not needed for the tables
 
-    figure = Figure(figsize=(11, 4.5 * len(results)), layout="constrained")
+    figure = Figure(figsize=(15, 4.5 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), squeeze=False)[:, 0]
-    for panel, (mode, measured) in zip(panels, results.items(), strict=True):
+    for panel, (name, measured) in zip(panels, results.items(), strict=True):
         rivals = list(next(iter(measured.values())))
         width = 0.8 / len(rivals)
         for i, rival in enumerate(rivals):
@@ -325,7 +430,7 @@ def plot(results, path):
                 label=rival,
             )
         panel.axhline(1, color="black", linewidth=0.8)
-        panel.set(title=mode, yscale="log", ylabel="epoch time over plain fit")
+        panel.set(title=name, yscale="log", ylabel="epoch time over plain fit")
         panel.set_xticks(range(len(measured)), list(measured))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
@@ -337,7 +442,14 @@ def parse(argv):
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--jit", choices=["off", "on", "both"], default="both")
     parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--accum-steps", type=int, default=8)
+    parser.add_argument(
+        "--accum-steps",
+        nargs="+",
+        type=int,
+        default=[2, 8, 64],
+        metavar="N",
+        help="micro-batches per update, with a table for each number",
+    )
     parser.add_argument("--repeats", type=int, default=11, help="timed epochs of each rival")
     parser.add_argument(
         "--steps", type=int, help="micro-batches in an epoch, rounded up to whole updates"
@@ -345,21 +457,26 @@ def parse(argv):
     parser.add_argument("--json", metavar="FILE", help="write the seconds of every epoch")
     parser.add_argument("--plot", metavar="FILE", help="draw the tables; needs matplotlib")
     options = parser.parse_args(argv)
-    if min(options.micro_batch_size, options.repeats) < 1 or options.accum_steps < 2:
-        parser.error("sizes and repeats must be at least 1, and --accum-steps at least 2")
+    sizes = (options.micro_batch_size, options.repeats, options.steps or 1)
+    if min(sizes) < 1 or min(options.accum_steps) < 2:
+        parser.error(
+            "sizes and repeats must be at least 1, and --accum-steps at least 2. Received: "
+            f"--micro-batch-size {options.micro_batch_size}, --repeats {options.repeats}, --steps "
+            f"{options.steps}, --accum-steps {options.accum_steps}. Pass larger numbers."
+        )
     return options
 
 
-def measure_all(options, mode):
+def measure_all(options, mode, accum_steps):
     """Seconds of each timed epoch by case and rival, with jit compilation "off" or "on"."""
     measured = {}
     for name in options.cases:
-        print(f"measuring {name}, jit {mode}", file=sys.stderr, flush=True)
+        print(f"measuring {name}, jit {mode}, {accum_steps} steps", file=sys.stderr, flush=True)
         measured[name], differences = measure(
             CASES[name],
             mode == "on",
             options.micro_batch_size,
-            options.accum_steps,
+            accum_steps,
             options.steps,
             options.repeats,
         )
@@ -373,13 +490,18 @@ def measure_all(options, mode):
 
 
 def main(argv=None):
-    """Measures, prints, and returns seconds[jit mode][case][rival], a list of epochs each."""
+    """Measures, prints, and returns seconds[table][case][rival], a list of epochs each.
+
+    There is a table for each jit mode and number of micro-batches: "jit off, accum_steps 2".
+    """
     options = parse(argv)
     print(setting(options), flush=True)
     results = {}
-    for mode in ("off", "on") if options.jit == "both" else (options.jit,):
-        print(f"\n### jit {mode}\n", flush=True)
-        measured = results[f"jit {mode}"] = measure_all(options, mode)
+    modes = ("off", "on") if options.jit == "both" else (options.jit,)
+    for mode, accum_steps in itertools.product(modes, options.accum_steps):
+        name = f"jit {mode}, accum_steps {accum_steps}"
+        print(f"\n### {name}\n", flush=True)
+        measured = results[name] = measure_all(options, mode, accum_steps)
         print(table(measured), rule(measured, PLAIN), rule(measured, BUILT_IN), sep="\n\n")
     if options.json:
         with open(options.json, "w") as file:

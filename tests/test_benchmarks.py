@@ -1,14 +1,18 @@
 """Benchmarks measure what they say they do, at a small size; times are not asserted."""
 
 import json
+import re
 
 import pytest
+import tensorflow as tf
 
 from benchmarks import batch_norm, overhead
 from benchmarks.overhead import BUILT_IN, LARGE, LOOP, OPTIMIZER, PLAIN
 
 TINY = {
     "dense": overhead.dense_case(overhead.SGD, 4, 5, 6),
+    "convolutional": overhead.convolutional_case(overhead.SGD, 4, 4, (2,)),
+    "transformer": overhead.transformer_case(overhead.SGD, 4, 3, 8, 1),
     "embedding": overhead.embedding_case(
         overhead.ADAM, 4, rows=20, columns=3, length=2, reference=LOOP
     ),
@@ -31,8 +35,8 @@ def test_prints_a_ratio_for_each_rival_and_case(tiny_cases, capsys):
     )
     printed = capsys.readouterr().out
     header, _, *rows = rows_of(printed)
-    assert header == ["", "dense", "embedding"]
-    rivals = [PLAIN, LARGE, BUILT_IN, LOOP, OPTIMIZER]
+    assert header == ["", *TINY]
+    rivals = [PLAIN, LARGE, BUILT_IN, LOOP, overhead.TENSOR_LOOP, OPTIMIZER]
     rivals += [overhead.ACROSS_STEPS, overhead.WITHIN_STEP]
     assert [row[0] for row in rows] == [*rivals, f"seconds of {PLAIN}"]
     assert all(cell.startswith("1.00 (") for cell in rows[0][1:])
@@ -40,9 +44,9 @@ def test_prints_a_ratio_for_each_rival_and_case(tiny_cases, capsys):
     assert f"{OPTIMIZER} <= {PLAIN}? dense " in printed
     assert f"{OPTIMIZER} <= {BUILT_IN}? dense " in printed
     for case in TINY:
-        assert {name: len(times) for name, times in results["jit off"][case].items()} == (
-            dict.fromkeys(rivals, 3)
-        )
+        assert {
+            name: len(times) for name, times in results["jit off, accum_steps 2"][case].items()
+        } == (dict.fromkeys(rivals, 3))
 
 
 def test_writes_what_it_is_asked_for(tiny_cases, tmp_path):
@@ -53,16 +57,38 @@ def test_writes_what_it_is_asked_for(tiny_cases, tmp_path):
     assert drawing.stat().st_size > 0
 
 
+def test_a_table_for_each_number_of_micro_batches(tiny_cases, capsys):
+    options = "--cases dense --jit off --accum-steps 2 3 --repeats 1 --steps 3".split()
+    results = overhead.main(options)
+    names = ["jit off, accum_steps 2", "jit off, accum_steps 3"]
+    assert list(results) == names
+    printed = capsys.readouterr().out
+    assert [line[4:] for line in printed.splitlines() if line.startswith("### ")] == names
+    assert printed.count(f"| {PLAIN} | 1.00 (") == 2
+
+
+def test_says_what_was_measured_on(monkeypatch):
+    on_cpu = overhead.machine()
+    assert re.search(r"TensorFlow 2\.\d+.*, Keras 3\..*, \d+ CPU cores, ", on_cpu)
+    names = {"a": "Model X", "b": "Model X", "c": "Model Y"}
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(names))
+    monkeypatch.setattr(
+        tf.config.experimental, "get_device_details", lambda gpu: {"device_name": names[gpu]}
+    )
+    assert overhead.machine().endswith(" CPU cores, 2 GPU (Model X), 1 GPU (Model Y)")
+
+
 def test_warns_of_rivals_that_train_something_else(tiny_cases, monkeypatch, capsys):
     monkeypatch.setattr(overhead, "TOLERANCE", -1.0)
-    overhead.main("--cases dense --jit off --repeats 1".split())
+    overhead.main("--cases dense --jit off --accum-steps 2 --repeats 1".split())
     assert f"Warning: dense: weights of {OPTIMIZER} are off by " in capsys.readouterr().out
 
 
 def test_refuses_what_cannot_be_measured(capsys):
     with pytest.raises(SystemExit):
-        overhead.main(["--accum-steps", "1"])
-    assert "--accum-steps at least 2" in capsys.readouterr().err
+        overhead.main(["--accum-steps", "8", "1"])
+    message = capsys.readouterr().err
+    assert "--accum-steps at least 2. Received: " in message and "[8, 1]" in message
 
 
 def test_batch_norm_in_all_its_parts(float64, monkeypatch, tmp_path, capsys):
