@@ -6,6 +6,10 @@ PYTEST_ARGS ?=
 # Test files at a time; each needs a core and up to 4 GB.
 JOBS ?= 2
 
+# Which benchmarks, and where their figures and pictures go: make benchmarks BENCHMARKS=memory
+BENCHMARKS ?= overhead memory communication compile_time batch_norm checkpointing
+RESULTS ?= benchmarks/results
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -47,10 +51,13 @@ docs: $(STAMP)  ## build the documentation into docs/_build
 test-oldest: $(STAMP)  ## run the suite on the oldest supported TensorFlow and Keras
 	$(RUN) -m nox --session tests_oldest -- $(PYTEST_ARGS)
 
-benchmarks: $(STAMP)  ## measure what a micro-step costs, what an update sends, and batch norm
-	$(RUN) benchmarks/overhead.py
-	$(RUN) benchmarks/communication.py
-	$(RUN) -m benchmarks.batch_norm
+benchmarks: $(STAMP)  ## measure time, memory, traffic and batch norm
+	@mkdir -p $(RESULTS)
+	@failed=; for name in $(BENCHMARKS); do \
+		echo "## $$name"; \
+		$(RUN) -m benchmarks.$$name --json $(RESULTS)/$$name.json --plot $(RESULTS)/$$name.png \
+			|| failed="$$failed $$name"; \
+	done; [ -z "$$failed" ] || { echo "FAILED:$$failed"; exit 1; }
 
 clean:  ## remove the environments, caches and builds
 	rm -rf .venv .nox .hypothesis .pytest_cache .ruff_cache build dist docs/_build *.egg-info

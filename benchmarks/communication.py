@@ -1,7 +1,7 @@
 """What an update sends: bytes between workers for each way to accumulate, over the large batch's.
 
-    python benchmarks/communication.py
-    python benchmarks/communication.py --workers 4 --accum-steps 8 --json bytes.json
+    python -m benchmarks.communication
+    python -m benchmarks.communication --workers 4 --accum-steps 8 --json bytes.json
 
 Starts worker processes on this machine's CPU, which train the same model in every way under a
 `tf.distribute.MultiWorkerMirroredStrategy`, and reads from /proc/net/dev, which only Linux has,
@@ -308,6 +308,25 @@ def rule(results, name):
     return f"{name} within 5 % of the large batch? {', '.join(answers)}"
 
 
+def plot(results, path):
+    """Lines of the bytes over the number of micro-batches."""
+    from matplotlib.figure import Figure  # not needed for the table
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    panel = figure.subplots()
+    steps = [int(name.split()[-1]) for name in results]
+    # Most lie on each other, so a wide one goes below thinner ones.
+    styles = ({"linewidth": 7, "alpha": 0.4}, {"color": "#d1495b"}, {}, {"ls": "--"}, {"ls": ":"})
+    for name, style in zip((LARGE, EVERY_STEP, *OURS), styles, strict=True):
+        megabytes = [per_update(measured[name]) / 1e6 for measured in results.values()]
+        panel.plot(steps, megabytes, marker="o", label=name, **style)
+    panel.set(xlabel="accum_steps", ylabel="MB per update", ylim=(0, None))
+    panel.set_xticks(steps)
+    panel.legend(frameon=False)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workers", type=int, default=2)
@@ -317,6 +336,7 @@ def parse(argv):
     parser.add_argument("--updates", type=int, default=10, help="updates in an epoch")
     parser.add_argument("--repeats", type=int, default=3, help="measured epochs of each way")
     parser.add_argument("--json", metavar="FILE", help="write the bytes of every epoch")
+    parser.add_argument("--plot", metavar="FILE", help="draw the table; needs matplotlib")
     # What the launcher tells a worker: where to write.
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -344,6 +364,8 @@ def main(argv=None):
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"setting": setting(options), "bytes": results}, file, indent=1)
+    if options.plot:
+        plot(results, options.plot)
     return results
 
 

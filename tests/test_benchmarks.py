@@ -1,12 +1,14 @@
 """Benchmarks measure what they say they do, at a small size; times are not asserted."""
 
+import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
 
-from benchmarks import batch_norm, overhead
+from benchmarks import batch_norm, compile_time, memory, overhead
 from benchmarks.overhead import BUILT_IN, LARGE, LOOP, OPTIMIZER, PLAIN
 
 TINY = {
@@ -22,6 +24,13 @@ TINY = {
 @pytest.fixture
 def tiny_cases(monkeypatch):
     monkeypatch.setattr(overhead, "CASES", TINY)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """A process for each measurement takes minutes to start them all."""
+    for benchmark in (batch_norm, compile_time):
+        monkeypatch.setattr(benchmark, "in_own_process", lambda function, *args: function(*args))
 
 
 def rows_of(markdown):
@@ -91,9 +100,7 @@ def test_refuses_what_cannot_be_measured(capsys):
     assert "--accum-steps at least 2. Received: " in message and "[8, 1]" in message
 
 
-def test_batch_norm_in_all_its_parts(float64, monkeypatch, tmp_path, capsys):
-    # A process for each net and way takes minutes to start them all.
-    monkeypatch.setattr(batch_norm, "in_own_process", lambda function, *args: function(*args))
+def test_batch_norm_in_all_its_parts(float64, in_this_process, tmp_path, capsys):
     drawings = tmp_path / "accuracy.png", tmp_path / "memory.png"
     results = batch_norm.main(
         "--nets U-Net --size 8 --batch-size 64 --micro-batch-size 32 --epochs 1 --seeds 1".split()
@@ -111,3 +118,73 @@ def test_batch_norm_in_all_its_parts(float64, monkeypatch, tmp_path, capsys):
     tables = [row[0] for row in rows_of(capsys.readouterr().out)]
     assert f"U-Net, {batch_norm.EXACT}" in tables and "U-Net, Adam" in tables
     assert set(json.loads((tmp_path / "all.json").read_text())) == {"setting", *results}
+
+
+def test_compile_time_of_each_rival(tiny_cases, in_this_process, tmp_path, capsys):
+    table, drawing = tmp_path / "start.json", tmp_path / "start.png"
+    options = "--cases dense --micro-batch-size 2 --accum-steps 2 --repeats 1".split()
+    results = compile_time.main([*options, "--json", str(table), "--plot", str(drawing)])
+    assert json.loads(table.read_text())["seconds"] == results
+    assert drawing.stat().st_size > 0
+    printed = capsys.readouterr().out
+    for kind in compile_time.KINDS:
+        measured = results["dense"][kind]
+        assert list(measured) == list(compile_time.RIVALS)
+        for columns in measured.values():
+            (seconds,) = columns["2"]
+            assert seconds > 0
+        assert f"### {kind}, dense\n" in printed
+    assert rows_of(printed)[0] == ["", "accum_steps 2"]
+    assert rows_of(printed)[2] == [PLAIN, "1.00 (1.00-1.00)"]
+    assert printed.count(f"{OPTIMIZER}: within 1.3 times {PLAIN}? ") == 2
+
+
+def seconds_of(rival_seconds):
+    plain = {"2": [2.0, 1.0, 3.0], "64": [2.0, 1.0, 3.0]}
+    return {rival: rival_seconds.get(rival, plain) for rival in compile_time.RIVALS}
+
+
+def test_compile_time_says_what_is_slow_and_what_grows():
+    slow, growing = {"2": [3.0], "64": [3.0]}, {"2": [2.0], "64": [2.4]}
+    lines = compile_time.rules(seconds_of({OPTIMIZER: slow, overhead.WITHIN_STEP: growing}))
+    first, second, third = lines.splitlines()
+    assert "plain fit? no (1.50); at accum_steps 64 no more than at 2? yes (1.00)" in first
+    assert "plain fit? yes (1.00); at accum_steps 64 no more than at 2? yes (1.00)" in second
+    assert "plain fit? yes (1.20); at accum_steps 64 no more than at 2? no (1.20)" in third
+
+
+def test_compile_time_refuses_what_cannot_be_measured(capsys):
+    with pytest.raises(SystemExit):
+        compile_time.main(["--repeats", "0"])
+    assert "at least 1, and --accum-steps at least 2. Received: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    not tf.config.list_physical_devices("GPU") and not Path("/proc/self/clear_refs").exists(),
+    reason="memory is measured on a GPU or on Linux",
+)
+def test_memory_of_a_rival():
+    make_case = functools.partial(memory.dense_case, layers=1, optimizer="SGD")
+    peak, parameters = memory.measure(make_case, 300, overhead.TENSOR_LOOP, 2, 2, False)
+    assert parameters == 4 * (300 * 301 + 301 * overhead.CLASSES)
+    assert peak > parameters
+
+
+def test_memory_in_both_its_tables(monkeypatch, tmp_path, capsys):
+    def measure_apart(make_case, width, rival, micro_batch_size, accum_steps, jit):
+        bytes_of_batch = 10**6 * (accum_steps if rival == LARGE else 1)
+        return bytes_of_batch + (0 if rival == PLAIN else 2 * 10**6), 10**6
+
+    monkeypatch.setattr(memory, "measure_apart", measure_apart)
+    monkeypatch.setattr(memory, "check_meter", lambda parser: None)
+    table, drawing = tmp_path / "memory.json", tmp_path / "memory.png"
+    options = "--jit off --optimizers SGD --micro-batch-size 2 --effective-batches 2 8".split()
+    memory.main([*options, "--json", str(table), "--plot", str(drawing)])
+    saved = json.loads(table.read_text())
+    assert saved["setting"] == overhead.machine()
+    assert list(saved["batches"]) == list(memory.RIVALS)
+    assert drawing.stat().st_size > 0
+    rows = {row[0]: row[1:] for row in rows_of(capsys.readouterr().out)}
+    assert rows[LARGE] == ["3", "6"]
+    assert rows[overhead.TENSOR_LOOP] == ["2.00"]  # of the second table, which comes last
+    assert rows[f"MB of {PLAIN}"] == ["1"]

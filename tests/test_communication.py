@@ -30,9 +30,10 @@ elif sys.argv[2] == "fails":
 
 @reads_loopback
 def test_an_update_sends_what_the_large_batch_sends(tmp_path, capsys):
-    file = tmp_path / "bytes.json"
+    file, drawing = tmp_path / "bytes.json", tmp_path / "bytes.png"
     sizes = "--units 256 --accum-steps 4 --micro-batch-size 2 --updates 3 --repeats 3"
-    results = communication.main([*sizes.split(), "--json", str(file)])
+    results = communication.main([*sizes.split(), "--json", str(file), "--plot", str(drawing)])
+    assert drawing.stat().st_size > 0
     assert json.loads(file.read_text())["bytes"] == results
     measured = results["accum_steps 4"]
     assert list(measured) == [LARGE, EVERY_STEP, *OURS, IDLE]

@@ -1,0 +1,211 @@
+"""What a training step takes to start: to trace, and for XLA to compile, over plain fit's.
+
+    python -m benchmarks.compile_time
+    python -m benchmarks.compile_time --cases dense-1M-Adam --json start.json --plot start.png
+
+Each measurement has a process of its own, which first traces and compiles a tiny net, as a
+program's first time also loads libraries. All are measured in turn, several times. Tracing ends
+with the concrete function, without XLA; compiling starts from it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tensorflow as tf
+
+from benchmarks import overhead
+from benchmarks.overhead import ACROSS_STEPS, LARGE, OPTIMIZER, PLAIN, WITHIN_STEP
+from examples.digits import in_own_process
+
+RIVALS = (PLAIN, LARGE, OPTIMIZER, ACROSS_STEPS, WITHIN_STEP)
+OURS = (OPTIMIZER, ACROSS_STEPS, WITHIN_STEP)
+KINDS = ("tracing", "XLA compilation")
+CASES = ("dense-1M-Adam", "convolutional-Adam", "transformer-Adam")
+TINY = overhead.dense_case(overhead.ADAM, 0, 4, 4)
+WITHIN = 1.3  # times plain fit
+GROWTH = 1.1  # from the fewest micro-batches to the most; a loop unrolled would grow with them
+
+
+# The measurement, in a process of its own.
+
+
+def traced(case, rival, micro_batch_size, accum_steps, jit):
+    """The function of a training step, traced; a batch for it; and the seconds that it took.
+
+    Keras's own function takes an iterator and is not to be had without a first step.
+    """
+    rng = np.random.default_rng(0)
+    x = case.inputs(rng, accum_steps * micro_batch_size)
+    y = rng.integers(overhead.CLASSES, size=len(x))
+    micro, large = (overhead.batches_of(size, x, y) for size in (micro_batch_size, len(x)))
+    makers = overhead.rival_makers(case, micro, large, micro_batch_size, accum_steps, jit)
+    model, batches = makers[rival]().model, large if rival in (LARGE, WITHIN_STEP) else micro
+    start = time.perf_counter()
+    model.make_train_function()
+    step = tf.function(model.train_step, jit_compile=jit, autograph=False, reduce_retracing=True)
+    step.get_concrete_function(batches.element_spec)
+    return step, next(iter(batches)), time.perf_counter() - start
+
+
+def compilation(step, batch):
+    """Seconds in which XLA compiles a traced function."""
+    lowered = step.experimental_get_compiler_ir(batch)
+    start = time.perf_counter()
+    lowered(stage="optimized_hlo_serialized")
+    return time.perf_counter() - start
+
+
+def measure(case, *args):
+    """Seconds of the two `KINDS`, by name; arguments as for `traced`, without `jit`."""
+    for net in (TINY, overhead.CASES[case]):
+        *_, tracing = traced(net, *args, jit=False)
+        step, batch, _ = traced(net, *args, jit=True)
+        measured = (tracing, compilation(step, batch))
+    return dict(zip(KINDS, measured, strict=True))
+
+
+def measure_case(name, options):
+    """Lists of seconds by kind, rival and number of micro-batches (as text, as in JSON)."""
+    seconds = {
+        kind: {r: {str(n): [] for n in options.accum_steps} for r in RIVALS} for kind in KINDS
+    }
+    for repeat in range(options.repeats):
+        print(f"measuring {name}, {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
+        for accum_steps in options.accum_steps:
+            first = repeat % len(RIVALS)  # another one each time
+            for rival in RIVALS[first:] + RIVALS[:first]:
+                measured = in_own_process(
+                    measure, name, rival, options.micro_batch_size, accum_steps
+                )
+                for kind, value in measured.items():
+                    seconds[kind][rival][str(accum_steps)].append(value)
+    return seconds
+
+
+# The report.
+
+
+def setting(options):
+    """One line that says what was measured on what."""
+    return (
+        f"{overhead.machine()}; micro-batches of {options.micro_batch_size}. Seconds over those of "
+        f"plain fit at the micro-batch: ratio of the medians of {options.repeats} processes, in "
+        "brackets the quartiles."
+    )
+
+
+def table(measured):
+    """Markdown table of ratios: a row for each rival, a column for each number of micro-batches."""
+    plain = measured[PLAIN]
+    rows = [["", *(f"accum_steps {n}" for n in plain)]]
+    for rival, columns in measured.items():
+        cells = [overhead.ratio(columns[n], plain[n]) for n in columns]
+        rows.append([rival, *(f"{mid:.2f} ({low:.2f}-{high:.2f})" for mid, low, high in cells)])
+    rows.append(
+        [f"seconds of {PLAIN}", *(f"{statistics.median(column):.2f}" for column in plain.values())]
+    )
+    return overhead.markdown(rows)
+
+
+def rules(measured):
+    """Whether each of ours starts nearly as soon as plain fit, however many micro-batches."""
+    lines = []
+    for rival in OURS:
+        columns = measured[rival]
+        ratios = [overhead.ratio(columns[n], measured[PLAIN][n])[0] for n in columns]
+        medians = [statistics.median(column) for column in columns.values()]
+        steps, growth = list(columns), medians[-1] / medians[0]
+        lines.append(
+            f"{rival}: within {WITHIN} times {PLAIN}? {answer(max(ratios), WITHIN)}; at "
+            f"accum_steps {steps[-1]} no more than at {steps[0]}? {answer(growth, GROWTH)}"
+        )
+    return "\n".join(lines)
+
+
+def answer(value, most):
+    return f"{'yes' if round(value, 2) <= most else 'no'} ({value:.2f})"
+
+
+def plot(results, path):
+    """Lines of the ratios over the number of micro-batches, a panel for each table."""
+    from matplotlib.figure import Figure  # not needed for the tables
+
+    figure = Figure(figsize=(4 * len(results), 7.5), layout="constrained")
+    panels = figure.subplots(len(KINDS), len(results), squeeze=False, sharey="row")
+    styles = ("k:", "-", "--", "-.", "-")
+    for column, (case, kinds) in zip(panels.T, results.items(), strict=True):
+        for panel, (kind, measured) in zip(column, kinds.items(), strict=True):
+            for rival, style in zip(RIVALS, styles, strict=True):
+                columns = measured[rival]
+                cells = [overhead.ratio(columns[n], measured[PLAIN][n]) for n in columns]
+                middle, low, high = np.transpose(cells)
+                panel.errorbar(
+                    list(map(int, columns)),
+                    middle,
+                    yerr=[middle - low, high - middle],
+                    fmt=style,
+                    marker="o",
+                    capsize=3,
+                    label=rival,
+                )
+            panel.set(title=f"{kind}, {case}", xscale="log", ylim=(0, None))
+            panel.set_xticks(list(map(int, columns)), list(columns), minor=False)
+            panel.minorticks_off()
+            panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[-1]:
+        panel.set_xlabel("accum_steps")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("seconds over plain fit's")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--cases", nargs="+", choices=overhead.CASES, default=list(CASES), metavar="CASE"
+    )
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--accum-steps", nargs="+", type=int, default=[2, 8, 64], metavar="N")
+    parser.add_argument("--repeats", type=int, default=3, help="processes of each measurement")
+    parser.add_argument("--json", metavar="FILE", help="write the seconds of every process")
+    parser.add_argument("--plot", metavar="FILE", help="draw the tables; needs matplotlib")
+    options = parser.parse_args(argv)
+    if min(options.micro_batch_size, options.repeats) < 1 or min(options.accum_steps) < 2:
+        parser.error(
+            "sizes and repeats must be at least 1, and --accum-steps at least 2. Received: "
+            f"--micro-batch-size {options.micro_batch_size}, --repeats {options.repeats}, "
+            f"--accum-steps {options.accum_steps}. Pass larger numbers."
+        )
+    options.accum_steps = sorted(set(options.accum_steps))
+    return options
+
+
+def main(argv=None):
+    """Measures, prints, and returns seconds[case][kind][rival][accum_steps], a list each."""
+    options = parse(argv)
+    print(setting(options), flush=True)
+    results = {}
+    for case in options.cases:
+        results[case] = measure_case(case, options)
+        for kind, measured in results[case].items():
+            print(f"\n### {kind}, {case}\n", table(measured), "", rules(measured), sep="\n")
+        sys.stdout.flush()
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"setting": setting(options), "seconds": results}, file, indent=1)
+    if options.plot:
+        plot(results, options.plot)
+    return results
+
+
+if __name__ == "__main__":
+    main()
