@@ -316,7 +316,7 @@ def plot(results, path):
     panel = figure.subplots()
     steps = [int(name.split()[-1]) for name in results]
     # Most lie on each other, so a wide one goes below thinner ones.
-    styles = ({"linewidth": 7, "alpha": 0.4}, {"color": "#d1495b"}, {}, {"ls": "--"}, {"ls": ":"})
+    styles = ({"linewidth": 7, "alpha": 0.4}, {"color": "black"}, {}, {"ls": "--"}, {"ls": ":"})
     for name, style in zip((LARGE, EVERY_STEP, *OURS), styles, strict=True):
         megabytes = [per_update(measured[name]) / 1e6 for measured in results.values()]
         panel.plot(steps, megabytes, marker="o", label=name, **style)

@@ -137,7 +137,7 @@ def plot(results, path):
     """Lines of the ratios over the number of micro-batches, a panel for each table."""
     from matplotlib.figure import Figure  # not needed for the tables
 
-    figure = Figure(figsize=(4 * len(results), 7.5), layout="constrained")
+    figure = Figure(figsize=(max(7, 4 * len(results)), 7.5), layout="constrained")
     panels = figure.subplots(len(KINDS), len(results), squeeze=False, sharey="row")
     styles = ("k:", "-", "--", "-.", "-")
     for column, (case, kinds) in zip(panels.T, results.items(), strict=True):
@@ -149,7 +149,7 @@ def plot(results, path):
                 panel.errorbar(
                     list(map(int, columns)),
                     middle,
-                    yerr=[middle - low, high - middle],
+                    yerr=[(middle - low).tolist(), (high - middle).tolist()],
                     fmt=style,
                     marker="o",
                     capsize=3,

@@ -414,7 +414,8 @@ def plot(results, path):
     """Bars of the tables' ratios, a panel for each table."""
     from matplotlib.figure import Figure  # not needed for the tables
 
-    figure = Figure(figsize=(15, 4.5 * len(results)), layout="constrained")
+    inches = max(8, 1.8 * max(map(len, results.values())))
+    figure = Figure(figsize=(inches, 4.5 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), squeeze=False)[:, 0]
     for panel, (name, measured) in zip(panels, results.items(), strict=True):
         rivals = list(next(iter(measured.values())))
