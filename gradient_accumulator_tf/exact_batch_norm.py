@@ -23,8 +23,8 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf.accumulator import add_to_sums, overwritten_of, zero_sums
 from gradient_accumulator_tf.batch_norm import pooled_moments
+from gradient_accumulator_tf.gradient_sums import add_to_sums, overwritten_of, zero_sums
 from gradient_accumulator_tf.graph_cuts import cut, flat_graph
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
 from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_number
-from gradient_accumulator_tf.accumulator import accumulation_dtype
+from gradient_accumulator_tf.gradient_sums import accumulation_dtype
 from gradient_accumulator_tf.optimizer_wrapper import OptimizerWrapper, check_optimizer
 from gradient_accumulator_tf.replicas import check_made_under
 

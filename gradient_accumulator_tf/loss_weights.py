@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf.accumulator import Contribution
+from gradient_accumulator_tf.gradient_sums import Contribution
 from gradient_accumulator_tf.replicas import number_of_replicas
 
 

@@ -9,17 +9,17 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_choice, check_positive_int
-from gradient_accumulator_tf.accumulator import (
+from gradient_accumulator_tf.batch_norm import AccumBatchNorm, led
+from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
+from gradient_accumulator_tf.conditional import across_replicas
+from gradient_accumulator_tf.exact_batch_norm import ExactBatchNorm
+from gradient_accumulator_tf.gradient_sums import (
     add_to_sums,
     largest,
     overwritten_of,
     sum_of_means,
     zero_sums,
 )
-from gradient_accumulator_tf.batch_norm import AccumBatchNorm, led
-from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
-from gradient_accumulator_tf.conditional import across_replicas
-from gradient_accumulator_tf.exact_batch_norm import ExactBatchNorm
 from gradient_accumulator_tf.graph_cuts import has_batch_statistics
 from gradient_accumulator_tf.loss_weights import (
     LossRecorder,

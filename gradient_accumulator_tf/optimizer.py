@@ -11,14 +11,9 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_choice, check_positive_int
-from gradient_accumulator_tf.accumulator import (
-    Contribution,
-    GradientAccumulator,
-    counter,
-    received_of,
-    scale_gradient,
-)
+from gradient_accumulator_tf.accumulator import GradientAccumulator, counter
 from gradient_accumulator_tf.conditional import run_on_replicas_if
+from gradient_accumulator_tf.gradient_sums import Contribution, received_of, scale_gradient
 from gradient_accumulator_tf.non_finite import (
     DROP_MICRO_BATCH,
     PROPAGATE,

@@ -7,9 +7,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradient_accumulator_tf.accumulator import (
+from gradient_accumulator_tf.accumulator import GradientAccumulator
+from gradient_accumulator_tf.gradient_sums import (
     Contribution,
-    GradientAccumulator,
     accumulation_dtype,
     add_gradient,
     scale_gradient,
