@@ -3,7 +3,7 @@
     python -m examples.fine_tuning
     python -m examples.fine_tuning --weights imagenet  # downloads them
 
-A MobileNetV2 that knows some handwritten digits learns the others. Batch norm normalises by the
+A MobileNet that knows some handwritten digits learns the others. Batch norm normalises by the
 micro-batch, so accumulating is then not the large batch, unless the batch norms are frozen: they
 normalise by their moving statistics, as is usual in fine-tuning. Pre-training on the first five
 digits stands in for pre-trained weights, which would have to be downloaded.
@@ -52,7 +52,7 @@ def load_data(known, examples=None):
     def chosen(x, y):
         mine = (y < KNOWN) == known
         x, y = x[mine], y[mine] - (0 if known else KNOWN)
-        # Colours in [-1, 1], as MobileNetV2 expects them.
+        # Colours in [-1, 1], as MobileNet expects them.
         return np.tile(x.repeat(SIDE // 8, 1).repeat(SIDE // 8, 2), 3) * 2 - 1, y
 
     training, validation = digits.load_data(examples)
@@ -73,14 +73,14 @@ def precision(dtype):
 
 
 def build_base(weights=None, seed=1):
-    """MobileNetV2 without its last layer; weights are None or "imagenet"."""
+    """MobileNet without its last layer; weights are None or "imagenet"."""
     keras.utils.set_random_seed(seed)
-    base = keras.applications.MobileNetV2(
-        input_shape=(SIDE, SIDE, 3), alpha=0.35, include_top=False, pooling="avg", weights=weights
+    base = keras.applications.MobileNet(
+        input_shape=(SIDE, SIDE, 3), alpha=0.25, include_top=False, pooling="avg", weights=weights
     )
     for layer in base.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.9  # with Keras's 0.999 they would lag behind so short a training
+            layer.momentum = 0.9  # with its own 0.99 they would lag behind so short a training
     return base
 
 
@@ -184,7 +184,7 @@ def parse(argv):
         "(default: %(default)s)",
     )
     digits.add_count(parser, "--pretraining-epochs", 6, "passes over the first five digits")
-    digits.add_count(parser, "--epochs", 4, "passes over the other five")
+    digits.add_count(parser, "--epochs", 6, "passes over the other five")
     digits.add_count(parser, "--batch-size", 64, "images per update")
     digits.add_count(parser, "--micro-batch-size", 8, "images per forward and backward pass")
     digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")

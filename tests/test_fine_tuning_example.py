@@ -16,7 +16,7 @@ def shallow(monkeypatch):
 
     def first_blocks(*args, **kwargs):
         base = whole(*args, **kwargs)
-        x = keras.layers.GlobalAveragePooling2D()(base.get_layer("block_2_add").output)
+        x = keras.layers.GlobalAveragePooling2D()(base.get_layer("conv_pw_2_relu").output)
         return keras.Model(base.input, x)
 
     monkeypatch.setattr(fine_tuning, "build_base", first_blocks)
@@ -44,8 +44,21 @@ def test_the_base_keeps_the_weights_it_was_pretrained_with(shallow):
     weights = [w + 1 for w in fine_tuning.build_base().get_weights()]
     for way in fine_tuning.WAYS.values():
         model = fine_tuning.prepare(way, weights, 4)
-        (first,) = [v for v in model.variables if v.path.endswith("Conv1/kernel")]
+        (first,) = [v for v in model.variables if v.path.endswith("conv1/kernel")]
         np.testing.assert_array_equal(first, weights[0])
+
+
+def test_weights_of_imagenet_are_asked_for_instead_of_pretraining(monkeypatch):
+    asked_for, make = [], keras.applications.MobileNet
+
+    def without_download(weights, **kwargs):
+        asked_for.append(weights)
+        return make(weights=None, **kwargs)
+
+    monkeypatch.setattr(keras.applications, "MobileNet", without_download)
+    weights = fine_tuning.pretrained(fine_tuning.parse(["--weights", "imagenet"]))
+    assert asked_for == ["imagenet"]
+    assert len(weights) == len(fine_tuning.build_base().get_weights())
 
 
 def test_known_and_other_digits_are_apart():
@@ -61,7 +74,7 @@ def test_known_and_other_digits_are_apart():
 def test_batch_norms_of_the_whole_net_follow_a_short_training():
     base = fine_tuning.build_base()
     norms = [v for v in base.layers if isinstance(v, keras.layers.BatchNormalization)]
-    assert len(norms) == 52
+    assert len(norms) == 27
     assert {norm.momentum for norm in norms} == {0.9}
 
 
