@@ -11,6 +11,7 @@ TensorFlow's statistics, else from what the process held, as in benchmarks/memor
 
 import argparse
 import functools
+import gc
 import json
 import os
 import sys
@@ -263,16 +264,18 @@ def time_table(measured):
 
 
 def peak(name, way, batch_size, options):
-    """Bytes that training steps need on top of the built model."""
+    """Bytes that a training step holds at its peak, and that its graph takes in the process."""
     x, y = map(tf.constant, random_images(batch_size, options.size))
     net = made(NETS[name], size=options.size)
     model = compile_for(prepared(way, net, options.micro_batch_size), keras.optimizers.SGD(1e-3))
     meter = memory.find_meter()
+    begin = meter.now()
+    model.train_on_batch(x, y)  # traces and compiles
+    gc.collect()
     meter.restart()
     before = meter.now()
-    for _ in range(2):
-        model.train_on_batch(x, y)
-    return meter.peak() - before
+    model.train_on_batch(x, y)
+    return meter.peak() - before, before - begin
 
 
 def measure_memory(options):
@@ -282,7 +285,7 @@ def measure_memory(options):
                 way: [
                     in_own_process(peak, name, way, n, options) for n in options.memory_batch_sizes
                 ]
-                for way in (LARGE, EXACT, MICRO)
+                for way in options.ways
             }
             for name in options.nets
         }
@@ -295,13 +298,16 @@ def slope(sizes, peaks):
 
 def memory_table(measured, options):
     sizes = options.memory_batch_sizes
-    rows = [["peak MB at effective batch", *map(str, sizes), "MB per example", "of large batch's"]]
+    header = ["peak MB of a step, effective batch", *map(str, sizes)]
+    rows = [[*header, "MB per example", "of large batch's", "MB of the graph"]]
     for name, ways in measured.items():
-        for way, peaks in ways.items():
-            share = slope(sizes, peaks) / slope(sizes, ways[LARGE])
+        large, _ = zip(*ways[LARGE], strict=True)
+        for way, found in ways.items():
+            peaks, graphs = zip(*found, strict=True)
+            share = slope(sizes, peaks) / slope(sizes, large)
             cells = [f"{bytes_ / 1e6:.0f}" for bytes_ in peaks]
             cells += [f"{slope(sizes, peaks) / 1e6:.2f}", f"{100 * share:.0f} %"]
-            rows.append([f"{name}, {way}", *cells])
+            rows.append([f"{name}, {way}", *cells, f"{np.median(graphs) / 1e6:.0f}"])
     return rows
 
 
@@ -332,11 +338,11 @@ def plot_memory(measured, options, path):
     figure = Figure(figsize=(3.2 * len(measured), 3.6), layout="constrained")
     panels = figure.subplots(1, len(measured), squeeze=False)[0]
     for panel, (name, ways) in zip(panels, measured.items(), strict=True):
-        for way, marker in zip(ways, "os^", strict=False):
-            peaks = [bytes_ / 1e6 for bytes_ in ways[way]]
+        for way, marker in zip(ways, "os^vx", strict=False):
+            peaks = [bytes_ / 1e6 for bytes_, _ in ways[way]]
             panel.plot(options.memory_batch_sizes, peaks, marker=marker, label=way)
         panel.set(title=name, xlabel="effective batch", ylim=(0, None))
-    panels[0].set_ylabel("peak memory (MB)")
+    panels[0].set_ylabel("peak memory of a step (MB)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.savefig(path)

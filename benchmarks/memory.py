@@ -285,7 +285,10 @@ def plot(results, path):
     handles = {}
     for panel in panels:
         handles.update(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
+    columns = 2 if len(results) == 1 else 3
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=columns, fontsize="small"
+    )
     figure.savefig(path, dpi=120)
 
 
