@@ -55,6 +55,8 @@ OVERWRITTEN = [
 
 @graph_and_jit
 def test_within_a_step_all_is_as_with_the_large_batch(jit):
+    if jit and KERAS < (3, 10):
+        pytest.skip("XLA of TensorFlow 2.16 rounds float8 otherwise: the large batch is 12 % off")
     large = trained("large")
     result = trained("micro_batch_size", jit_compile=jit)
     assert set(result) == {"weights", *OVERWRITTEN}
@@ -69,7 +71,7 @@ def test_within_a_step_all_is_as_with_the_large_batch(jit):
 
 @graph_and_jit
 def test_across_steps_all_is_as_with_keras_own_accumulation(jit):
-    expected = trained("keras")
+    expected = trained("keras", jit_compile=jit)
     result = trained("optimizer", jit_compile=jit)
     for name in OVERWRITTEN:
         for value, other in zip(result[name], expected[name], strict=True):
