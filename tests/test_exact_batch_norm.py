@@ -120,7 +120,7 @@ def regularized():
     inputs = x = keras.Input((8, 8, 3))
     for _ in range(2):
         x = layers.Conv2D(4, 3, kernel_regularizer="l2")(x)
-        x = layers.ReLU()(_bn(gamma_regularizer=keras.regularizers.L1(0.01))(x))
+        x = layers.ReLU()(_bn(gamma_regularizer=keras.regularizers.L2(0.02))(x))
     return keras.Model(inputs, layers.Dense(4, bias_regularizer="l2")(layers.Flatten()(x)))
 
 
