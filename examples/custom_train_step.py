@@ -153,14 +153,13 @@ def table(results):
         ("way", "updates", "loss", "accuracy", "difference"),
     ]
     for result in results:
-        difference = result["weight_difference"]
         rows.append(
             (
                 result["way"],
                 str(result["updates"]),
                 f"{result['loss'][-1]:.4f}",
                 f"{result['validation_accuracy'][-1]:.4f}",
-                f"{difference:.1e}" if difference else "0",
+                digits.shown_difference(result["weight_difference"]),
             )
         )
     return digits.aligned(rows)

@@ -162,6 +162,11 @@ def aligned(rows):
     return "\n".join(lines)
 
 
+def shown_difference(difference):
+    """A weight difference in two digits, and one that is none as "0"."""
+    return f"{difference:.1e}" if difference else "0"
+
+
 def table(results):
     """The results as lines of text, one for each way under two of headings."""
     rows = [
@@ -176,7 +181,7 @@ def table(results):
                 str(result["micro_batch"]),
                 str(result["updates"]),
                 f"{result['validation_accuracy']:.4f}",
-                f"{result['weight_difference']:.1e}" if result["weight_difference"] else "0",
+                shown_difference(result["weight_difference"]),
                 megabytes(result["memory"]),
             )
         )

@@ -188,14 +188,13 @@ def table(results):
         ("way", "of each", "loss", "loss", "difference"),
     ]
     for result in results:
-        difference = result["weight_difference"]
         rows.append(
             (
                 result["way"],
                 " and ".join(map(str, sorted(set(result["updates"])))),
                 f"{result['generator_loss'][-1]:.4f}",
                 f"{result['discriminator_loss'][-1]:.4f}",
-                f"{difference:.1e}" if difference else "0",
+                digits.shown_difference(result["weight_difference"]),
             )
         )
     return digits.aligned(rows)

@@ -121,13 +121,12 @@ def table(results):
     ]
     for result in results:
         counts = ("replicas", "effective_batch", "micro_batch", "updates")
-        difference = result["weight_difference"]
         rows.append(
             (
                 result["way"],
                 *(str(result[name]) for name in counts),
                 f"{result['validation_accuracy']:.4f}",
-                f"{difference:.1e}" if difference else "0",
+                digits.shown_difference(result["weight_difference"]),
             )
         )
     return digits.aligned(rows)

@@ -234,7 +234,7 @@ def table(results):
                 result["saved_with"],
                 str(result["kills"]),
                 str(result["resumed_in_mid_cycle"]),
-                f"{result['weight_difference']:.1e}" if result["weight_difference"] else "0",
+                digits.shown_difference(result["weight_difference"]),
             )
         )
     return digits.aligned(rows)

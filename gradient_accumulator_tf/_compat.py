@@ -220,7 +220,7 @@ def replicas_agree(optimizer):
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:
         yield
         return
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     changed = []
     for o in [optimizer, *getattr(optimizer, "optimizers", [])]:
         changed.append((o.__dict__, "_all_reduce_sum_gradients", list))
@@ -251,7 +251,7 @@ def gradients_over_replicas(optimizer, gradients, variables):
 
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:
         return gradients
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     pairs = zip(gradients, variables, strict=True)
     summed = iter(optimizer._all_reduce_sum_gradients([p for p in pairs if p[0] is not None]))
     return [None if gradient is None else next(summed)[0] for gradient in gradients]
@@ -397,7 +397,7 @@ def rebuilt_optimizer(optimizer, variables):
         old = kept.get(variable.path)
         if old:
             variable.assign(old.pop(0))
-    new, old = _innermost(copy), _innermost(optimizer)
+    new, old = innermost(copy), innermost(optimizer)
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
@@ -409,7 +409,8 @@ def rebuilt_optimizer(optimizer, variables):
     return copy
 
 
-def _innermost(optimizer):
+def innermost(optimizer):
+    """The optimizer that all wrappers are around."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer

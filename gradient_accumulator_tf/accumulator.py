@@ -265,13 +265,12 @@ class GradientAccumulator(tf.Module):
         indices = set(indices)
         certain = [*certain, *[set()] * (len(self._groups) - len(certain))]
 
+        weights = [group.weight.value() for group in self._groups]
+
         def groups(chosen):
             return [
-                (
-                    [group.sum_of(i, known) if i in indices else None for i in chosen],
-                    group.weight.value(),
-                )
-                for group, known in zip(self._groups, certain, strict=True)
+                ([group.sum_of(i, known) if i in indices else None for i in chosen], weight)
+                for group, known, weight in zip(self._groups, certain, weights, strict=True)
             ]
 
         overwritten = self._overwritten & indices

@@ -9,14 +9,16 @@ import tensorflow as tf
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_number, check_positive_int
 from gradient_accumulator_tf.equivalence_causes import (
-    accumulating_optimizer,
     causes_of,
     random_layers,
     repeats_itself,
 )
-from gradient_accumulator_tf.model import TRAINER_METHODS, GradientAccumulateModel
+from gradient_accumulator_tf.model import GradientAccumulateModel, overridden_methods
 from gradient_accumulator_tf.model_copy import carry_state, copy_model, copy_optimizer
-from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer
+from gradient_accumulator_tf.optimizer import (
+    GradientAccumulateOptimizer,
+    accumulating_optimizer,
+)
 
 SHOWN = 12  # rows of the table
 REORDERED = 3  # how much further than the reordered batch a variable may be
@@ -269,11 +271,7 @@ class _Way:
             )
         else:
             check_positive_int(given[0], self._arguments[given[0]], "how to accumulate")
-        overridden = [
-            name
-            for name in TRAINER_METHODS
-            if getattr(type(model), name) is not getattr(keras.Model, name)
-        ]
+        overridden = overridden_methods(model)
         by_optimizer = self._own is not None or overridden
         self.wrapper = "model" if self._is_wrapped or not by_optimizer else "optimizer"
         if self.wrapper == "optimizer" and micro_batch_size is not None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf.batch_norm import is_like_batch_norm
 from gradient_accumulator_tf.model import GradientAccumulateModel
-from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer
+from gradient_accumulator_tf.optimizer import accumulating_optimizer
 
 
 class Cause(NamedTuple):
@@ -174,10 +174,3 @@ def random_layers(model, large):
         for path, layer in _walk(model)
         if moved & states(layer) - set().union(*(states(v) for v in _compat.sublayers(layer)))
     )
-
-
-def accumulating_optimizer(optimizer):
-    """The GradientAccumulateOptimizer that an optimizer is, or that its loss scaler is around."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer = optimizer.inner_optimizer
-    return optimizer if isinstance(optimizer, GradientAccumulateOptimizer) else None

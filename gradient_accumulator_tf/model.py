@@ -40,7 +40,10 @@ from gradient_accumulator_tf.non_finite import (
     without_non_finite,
     zero_unless,
 )
-from gradient_accumulator_tf.optimizer import GradientAccumulateOptimizer
+from gradient_accumulator_tf.optimizer import (
+    GradientAccumulateOptimizer,
+    accumulating_optimizer,
+)
 from gradient_accumulator_tf.replicas import (
     check_made_under,
     check_strategy,
@@ -78,7 +81,7 @@ class _Loss(NamedTuple):
     share: Any
 
 
-TRAINER_METHODS = (
+_TRAINER_METHODS = (
     "train_step",
     "test_step",
     "predict_step",
@@ -660,10 +663,7 @@ class GradientAccumulateModel(keras.Model):
     @property
     def _accumulating_optimizer(self):
         """The GradientAccumulateOptimizer in use, or None."""
-        optimizer = getattr(self, "optimizer", None)
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            optimizer = optimizer.inner_optimizer
-        return optimizer if isinstance(optimizer, GradientAccumulateOptimizer) else None
+        return accumulating_optimizer(getattr(self, "optimizer", None))
 
     def _accumulating(self, optimizer):
         """`optimizer` as this model's mode needs it."""
@@ -768,6 +768,15 @@ class GradientAccumulateModel(keras.Model):
         return sorted({*super().__dir__(), *dir(model)} - {"model"})
 
 
+def overridden_methods(model):
+    """Names of the training methods that a model's class has of its own."""
+    return [
+        name
+        for name in _TRAINER_METHODS
+        if getattr(type(model), name) is not getattr(keras.Model, name)
+    ]
+
+
 def _wrapped_model(cls, inputs, outputs, model, kwargs):
     """The model to wrap, or None for a subclass with its own `call`."""
     functional = inputs is not None or outputs is not None
@@ -797,11 +806,7 @@ def _wrapped_model(cls, inputs, outputs, model, kwargs):
             f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Models of "
             "tf_keras (Keras 2) cannot be wrapped: build it with `keras` instead."
         )
-    overridden = [
-        name
-        for name in TRAINER_METHODS
-        if getattr(type(model), name) is not getattr(keras.Model, name)
-    ]
+    overridden = overridden_methods(model)
     if overridden:
         raise ValueError(
             "A model that overrides a training method cannot be wrapped, as that method would "

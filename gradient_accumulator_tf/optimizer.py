@@ -632,6 +632,13 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             self._accumulator.load(own)
 
 
+def accumulating_optimizer(optimizer):
+    """The GradientAccumulateOptimizer that `optimizer` is, or that its loss scaler is around."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer if isinstance(optimizer, GradientAccumulateOptimizer) else None
+
+
 def _hidden(function):
     """The same function, as one that a checkpoint does not take for state."""
     return lambda *args: function(*args)

@@ -5,6 +5,7 @@ import functools
 
 import tensorflow as tf
 
+from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf.replicas import number_of_replicas
 
 
@@ -22,8 +23,7 @@ def one_by_one(optimizer):
     if tf.executing_eagerly() or number_of_replicas() > 1:
         yield
         return
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
+    optimizer = _compat.innermost(optimizer)
     optimizers, last = getattr(optimizer, "optimizers", [optimizer]), []
 
     def update_after_the_last(update_step, gradient, variable, learning_rate):

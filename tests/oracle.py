@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gradient_accumulator_tf import GradientAccumulateModel
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 
 KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 
@@ -79,6 +79,22 @@ def accumulating(mode, model=None, **ends):
         "micro_batch_size": (MICRO, EFFECTIVE),
     }[mode]
     return GradientAccumulateModel(model=model, **ends, **{mode: value}), batch
+
+
+def in_way(way, model, optimizer):
+    """Model, optimizer and batch size for `fit`, to train on effective batches.
+
+    Args:
+        way: "optimizer", "accum_steps" or "micro_batch_size"; anything else is the large batch.
+        model: A plain model.
+        optimizer: A plain optimizer.
+    """
+    if way == "optimizer":
+        return model, GradientAccumulateOptimizer(optimizer, EFFECTIVE // MICRO), MICRO
+    if way in ("accum_steps", "micro_batch_size"):
+        model, batch_size = accumulating(way, model)
+        return model, optimizer, batch_size
+    return model, optimizer, EFFECTIVE
 
 
 def momentum_and_mse():

@@ -20,6 +20,7 @@ from tests.oracle import (
     MICRO,
     dense_model,
     difference,
+    in_way,
     mirrored,
     regression_data,
     updates_of,
@@ -32,15 +33,7 @@ EPOCHS = 6
 
 def make(way, optimizer, model=None, **compile_with):
     """A compiled model of a way, or of the plain large batch, and its batch size for `fit`."""
-    model, batch_size = model or dense_model(), MICRO
-    if way == "optimizer":
-        optimizer = GradientAccumulateOptimizer(optimizer, STEPS)
-    elif way == "accum_steps":
-        model = GradientAccumulateModel(model=model, accum_steps=STEPS)
-    elif way == "micro_batch_size":
-        model, batch_size = GradientAccumulateModel(model=model, micro_batch_size=MICRO), EFFECTIVE
-    else:
-        batch_size = EFFECTIVE
+    model, optimizer, batch_size = in_way(way, model or dense_model(), optimizer)
     model.compile(optimizer, "mse", **compile_with)
     return model, batch_size
 

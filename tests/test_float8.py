@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from tests.oracle import EFFECTIVE, KERAS, MICRO, difference, mirrored, regression_data
+from tests.oracle import EFFECTIVE, KERAS, MICRO, difference, in_way, mirrored, regression_data
 
 STEPS = EFFECTIVE // MICRO
 
@@ -22,17 +21,9 @@ def float8_model():
 
 def trained(way, **compile_with):
     """Dict of lists: the trained weights, and by a part of its name each overwritten variable."""
-    model, optimizer, batch_size = float8_model(), keras.optimizers.Adam(0.01), MICRO
+    model, optimizer, batch_size = in_way(way, float8_model(), keras.optimizers.Adam(0.01))
     if way == "keras":
-        optimizer.gradient_accumulation_steps = STEPS
-    elif way == "optimizer":
-        optimizer = GradientAccumulateOptimizer(optimizer, STEPS)
-    elif way == "accum_steps":
-        model = GradientAccumulateModel(model=model, accum_steps=STEPS)
-    else:
-        batch_size = EFFECTIVE
-    if way == "micro_batch_size":
-        model = GradientAccumulateModel(model=model, micro_batch_size=MICRO)
+        optimizer.gradient_accumulation_steps, batch_size = STEPS, MICRO
     model.compile(optimizer, "mse", **compile_with)
     x, y, _ = regression_data(4 * EFFECTIVE, features=16)
     model.fit(x, y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)

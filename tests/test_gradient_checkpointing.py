@@ -12,11 +12,18 @@ import tensorflow as tf
 from benchmarks import checkpointing
 from gradient_accumulator_tf import (
     AccumBatchNorm,
-    GradientAccumulateModel,
-    GradientAccumulateOptimizer,
     GradientCheckpoint,
 )
-from tests.oracle import EFFECTIVE, EXECUTIONS, KERAS, MICRO, difference, mirrored, regression_data
+from tests.oracle import (
+    EFFECTIVE,
+    EXECUTIONS,
+    KERAS,
+    MICRO,
+    difference,
+    in_way,
+    mirrored,
+    regression_data,
+)
 
 STEPS = EFFECTIVE // MICRO
 OTHERS = [name for name in EXECUTIONS if name != "graph"]
@@ -35,17 +42,9 @@ def blocks_model(recomputed, **kwargs):
     return keras.Sequential([*layers, keras.layers.Dense(1)])
 
 
-def train(model, way, data=None, **compile_with):
+def train(model, way, **compile_with):
     """Trains for two epochs; returns the weights, and the trained model."""
-    optimizer, batch_size = keras.optimizers.Adam(0.01), MICRO
-    if way == "optimizer":
-        optimizer = GradientAccumulateOptimizer(optimizer, STEPS)
-    elif way == "accum_steps":
-        model = GradientAccumulateModel(model=model, accum_steps=STEPS)
-    else:
-        batch_size = EFFECTIVE
-    if way == "micro_batch_size":
-        model = GradientAccumulateModel(model=model, micro_batch_size=MICRO)
+    model, optimizer, batch_size = in_way(way, model, keras.optimizers.Adam(0.01))
     model.compile(optimizer, "mse", **compile_with)
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
         model.optimizer.initial_scale = 256.0
