@@ -13,6 +13,7 @@ from gradient_accumulator_tf.gradient_sums import (
     sum_of_means,
 )
 from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas
+from gradient_accumulator_tf.variable_creation import outside_of_tracing
 
 
 def sum_variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
@@ -144,7 +145,7 @@ class GradientAccumulator(tf.Module):
         self._overwritten = overwritten_of(variables)
         self.ever_received = set()
         # Keras builds optimizers while it traces the first training step.
-        with tf.init_scope():
+        with outside_of_tracing():
             self.micro_step = counter("micro_step")
             self.steps_in_cycle = counter("steps_in_cycle")
             self.dropped = sum_variable((), tf.float64, "dropped")
@@ -303,6 +304,6 @@ class GradientAccumulator(tf.Module):
             group.reset()
 
     def _make_groups(self, number):
-        with tf.init_scope():
+        with outside_of_tracing():
             for i in range(len(self._groups), number):
                 self._groups.append(_Group(self._shapes, self._overwritten, f"group_{i}"))

@@ -62,12 +62,20 @@ def _with_nones(template, flat):
     return tf.nest.map_structure(lambda t: None if t is None else next(tensors), template)
 
 
+def _empty(spec):
+    """Zeros in the shape of a `tf.TensorSpec` or None, with none along unknown dimensions."""
+    if spec is None:
+        return None
+    sizes = spec.shape if spec.shape.rank else []  # of an unknown rank: a scalar
+    return tf.zeros([size or 0 for size in sizes], spec.dtype)
+
+
 class Kept(NamedTuple):
     """A tensor of every micro-batch.
 
     Attributes:
-        looped: `tf.TensorArray` or list with those of all micro-batches but the last.
-        last: The last one's.
+        looped: `tf.TensorArray` or list with those of all whole micro-batches.
+        last: That of a smaller last micro-batch; something empty if there is none.
     """
 
     looped: Any
@@ -77,14 +85,13 @@ class Kept(NamedTuple):
 def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
     """`step` of every micro-batch of `batch`, the first results added up, the second kept.
 
-    In graph mode `step` is traced once. All micro-batches but the last run in a
-    `tf.while_loop`, which keeps one micro-batch's activations at a time; the last, which may be
-    smaller, runs after it, so that the loop is also right where the batch is smaller than a
-    micro-batch.
+    In graph mode `step` is traced once. All whole micro-batches run in a `tf.while_loop`, which
+    keeps one micro-batch's activations at a time. What is left after it, if anything, runs in a
+    conditional by the batch's shape, of which XLA compiles only the branch that is taken.
 
     Args:
         step: Function of a nested batch, and of a tensor for each of `kept`, that returns
-            (summands, list of tensors to keep, rest).
+            (summands, list of tensors to keep, nested tensors).
         batch: Nested batch of tensors.
         micro_batch_size: Examples in a micro-batch.
         zeros: Function of the summands' structure that returns what a sum of them starts from.
@@ -92,61 +99,69 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
         kept: List of `Kept` from an earlier call with this batch and micro-batch size.
 
     Returns:
-        The sum, the list of `Kept`, and the last micro-batch's rest.
+        The sum, the list of `Kept`, and the third result of the last micro-batch.
     """
     examples = batch_size(batch)
-    kept_last = [k.last for k in kept]
     if isinstance(examples, int) and examples <= micro_batch_size:
-        summands, keep, rest = step(batch, *kept_last)
-        return add(zeros(summands), summands), [Kept([], t) for t in keep], rest
-    turns = (examples + micro_batch_size - 1) // micro_batch_size - 1
+        summands, keep, result = step(batch, *(k.last for k in kept))
+        return add(zeros(summands), summands), [Kept([], t) for t in keep], result
     if tf.executing_eagerly():
         total, looped = None, []
-        for turn in range(max(turns, 0) + 1):
-            start = turn * micro_batch_size
+        for start in range(0, examples, micro_batch_size):
+            inputs = [[*k.looped, k.last][len(looped)] for k in kept]
             size = min(micro_batch_size, examples - start)
-            inputs = [k.looped[turn] if turn < turns else k.last for k in kept]
-            summands, keep, rest = step(slice_batch(batch, start, size), *inputs)
+            summands, keep, result = step(slice_batch(batch, start, size), *inputs)
             total = add(zeros(summands) if total is None else total, summands)
             looped.append(keep)
         *looped, last = looped
-        return total, [Kept([k[i] for k in looped], t) for i, t in enumerate(last)], rest
+        return total, [Kept([k[i] for k in looped], t) for i, t in enumerate(last)], result
 
+    turns, left = examples // micro_batch_size, examples % micro_batch_size
     # A static size where all micro-batches have the same; XLA compiles the loop's body also for
     # a batch that is smaller than a micro-batch, where it does not run.
-    even = isinstance(examples, int) and examples % micro_batch_size == 0
+    even = isinstance(left, int) and left == 0
     size = micro_batch_size if even else tf.minimum(micro_batch_size, examples)
     step = tf.function(step, autograph=False)
     specs = [tf.TensorSpec(k.looped.element_shape, k.last.dtype) for k in kept]
     traced = step.get_concrete_function(slice_batch(batch, 0, size), *specs)
+    summands, keep_specs, result_specs = traced.structured_outputs
+    template = (zeros(summands), tf.nest.map_structure(_empty, result_specs))
 
-    start_sum = zeros(traced.structured_outputs[0])
-    # The loop makes no turn where there is but one micro-batch, or none.
-    turns = tf.maximum(turns, 0)
-    # XLA also compiles what would read from an array that is empty.
-    start_arrays = [
-        tf.TensorArray(t.dtype, tf.maximum(turns, 1), element_shape=t.shape)
-        for t in traced.structured_outputs[1]
-    ]
+    def one_more(flat, *inputs):
+        """The sum and the newest result, flat, after another micro-batch; and what it keeps."""
+        total, _ = _with_nones(template, flat)
+        summands, keep, result = step(*inputs)
+        return _without_nones((add(total, summands), result)), keep
 
     def body(turn, flat, arrays):
-        total = _with_nones(start_sum, flat)
         micro_batch = slice_batch(batch, turn * micro_batch_size, size)
-        summands, keep, _ = step(micro_batch, *(k.looped.read(turn) for k in kept))
+        flat, keep = one_more(flat, micro_batch, *(k.looped.read(turn) for k in kept))
         arrays = [array.write(turn, t) for array, t in zip(arrays, keep, strict=True)]
-        return turn + 1, _without_nones(add(total, summands)), arrays
+        return turn + 1, flat, arrays
 
+    # XLA also compiles what would read from an array that is empty.
+    arrays = [
+        tf.TensorArray(t.dtype, tf.maximum(turns, 1), element_shape=t.shape) for t in keep_specs
+    ]
+    shapes = [t.shape for t in _without_nones((template[0], result_specs))]
     turn, flat, arrays = tf.while_loop(
         lambda turn, *_: turn < turns,
         body,
-        (tf.constant(0), _without_nones(start_sum), start_arrays),
+        (tf.constant(0), _without_nones(template), arrays),
+        shape_invariants=(None, shapes, [None] * len(arrays)),
         parallel_iterations=1,
     )
-    total = _with_nones(start_sum, flat)
-    # The start from the loop's counter, so that the last micro-batch waits for the loop to end; the
-    # size not, as XLA has to know it.
-    last_size = micro_batch_size if even else examples - turns * micro_batch_size
-    last = slice_batch(batch, turn * micro_batch_size, last_size)
-    summands, keep, rest = step(last, *kept_last)
-    keep = [Kept(*pair) for pair in zip(arrays, keep, strict=True)]
-    return add(total, summands), keep, rest
+
+    def rest():
+        # The start from the loop's counter, so that this waits for the loop to end; the size not,
+        # as XLA has to know it.
+        micro_batch = slice_batch(batch, turn * micro_batch_size, left)
+        return one_more(flat, micro_batch, *(k.last for k in kept))
+
+    def no_rest():
+        return flat, [_empty(t) for t in keep_specs]
+
+    # Of `tf.cond` XLA would compile both branches.
+    flat, last = no_rest() if even else tf.switch_case(tf.minimum(left, 1), [no_rest, rest])
+    total, result = _with_nones(template, flat)
+    return total, [Kept(*pair) for pair in zip(arrays, last, strict=True)], result

@@ -57,6 +57,7 @@ from gradient_accumulator_tf.schedules import (
     serialize_accum_steps,
 )
 from gradient_accumulator_tf.update_order import one_by_one
+from gradient_accumulator_tf.variable_creation import outside_of_tracing
 
 
 class _MicroStep(NamedTuple):
@@ -377,7 +378,8 @@ class GradientAccumulateModel(keras.Model):
             self._end_cycle_of_batch_norms()
             return logs
         data = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
-        _compat.build_for_training(self, data)
+        with outside_of_tracing():
+            _compat.build_for_training(self, data)
         self._check_layers()
         self._plan_exact_batch_norm()
         if self.micro_batch_size is None:

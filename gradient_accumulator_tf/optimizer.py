@@ -30,6 +30,7 @@ from gradient_accumulator_tf.schedules import (
     traced,
 )
 from gradient_accumulator_tf.update_order import one_by_one
+from gradient_accumulator_tf.variable_creation import outside_of_tracing
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
@@ -263,8 +264,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             return
         variables = list(variables)
         check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
+        with outside_of_tracing():
+            if not self.inner_optimizer.built:
+                self.inner_optimizer.build(variables)
         self._trainable_variables = variables
         self._trained_anyway = set()
         self._trainable_variables_indices = {
@@ -276,7 +278,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             if self._non_finite != PROPAGATE and self._drops is None:
                 self._drops = Drops()
             if self._schedule is None and self._next_steps is None:
-                with tf.init_scope():
+                with outside_of_tracing():
                     self._next_steps = counter("accum_steps", self._accum_steps)
         self.built = True
         if self._state_to_load is not None:
