@@ -41,6 +41,9 @@ OPTIMIZER = "GradientAccumulateOptimizer"
 ACROSS_STEPS = "GradientAccumulateModel(accum_steps)"
 WITHIN_STEP = "GradientAccumulateModel(micro_batch_size)"
 
+# What should cost no more than what.
+RULES = ((OPTIMIZER, PLAIN), (OPTIMIZER, BUILT_IN), (WITHIN_STEP, PLAIN))
+
 
 # The cases: a model, an optimizer, and inputs.
 
@@ -401,41 +404,52 @@ def table(measured):
     return markdown(rows)
 
 
-def rule(measured, base):
-    """Whether the optimizer wrapper costs no more than `base` in each case, as measured."""
+def rule(measured, rival, base):
+    """Whether `rival` costs no more than `base` in each case, as measured."""
     answers = []
     for case, seconds in measured.items():
-        middle = round(ratio(seconds[OPTIMIZER], seconds[base])[0], 2)
+        middle = round(ratio(seconds[rival], seconds[base])[0], 2)
         answers.append(f"{case} {'yes' if middle <= 1 else 'no'} ({middle:.2f})")
-    return f"{OPTIMIZER} <= {base}? {', '.join(answers)}"
+    return f"{rival} <= {base}? {', '.join(answers)}"
 
 
 def plot(results, path):
-    """Bars of the tables' ratios, a panel for each table."""
+    """The tables' ratios on a line for each case, a panel for each table."""
     from matplotlib.figure import Figure  # not needed for the tables
 
-    inches = max(8, 1.8 * max(map(len, results.values())))
-    figure = Figure(figsize=(inches, 4.5 * len(results)), layout="constrained")
-    panels = figure.subplots(len(results), squeeze=False)[:, 0]
-    for panel, (name, measured) in zip(panels, results.items(), strict=True):
-        rivals = list(next(iter(measured.values())))
-        width = 0.8 / len(rivals)
-        for i, rival in enumerate(rivals):
-            cells = np.array([ratio(s[rival], s[PLAIN]) for s in measured.values()])
-            middle, low, high = cells.T
-            panel.bar(
-                np.arange(len(cells)) + (i - (len(rivals) - 1) / 2) * width,
+    columns = len({name.split(",")[0] for name in results})
+    rows = len(results) // columns
+    cases = list(next(iter(results.values())))
+    figure = Figure(
+        figsize=(1 + 5 * columns, 1.2 + (0.8 + 0.3 * len(cases)) * rows), layout="constrained"
+    )
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    markers = ("|", "s", "X", "D", "d", "o", "^", "*")
+    for panel, (name, measured) in zip(panels.T.flat, results.items(), strict=True):
+        for rival, marker in zip(next(iter(measured.values())), markers, strict=True):
+            middle = [ratio(s[rival], s[PLAIN])[0] for s in measured.values()]
+            ours = rival in (OPTIMIZER, ACROSS_STEPS, WITHIN_STEP)
+            panel.plot(
                 middle,
-                width,
-                yerr=[(middle - low).tolist(), (high - middle).tolist()],
+                range(len(cases)),
+                marker,
+                color=None if ours else "0.6" if rival != BUILT_IN else "black",
+                markersize=8 if ours else 6,
+                zorder=3 if ours else 2,
                 label=rival,
             )
-        panel.axhline(1, color="black", linewidth=0.8)
-        panel.set(title=name, yscale="log", ylabel="epoch time over plain fit")
-        panel.set_xticks(range(len(measured)), list(measured))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(path)
+        panel.axvline(1, color="0.4", linewidth=0.8)
+        panel.set(title=name, xscale="log")
+        panel.set_yticks(range(len(cases)), cases)
+        panel.grid(axis="y", color="0.93")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.xaxis.set_major_formatter("{x:g}")
+    panels[0][0].invert_yaxis()
+    for panel in panels[-1]:
+        panel.set_xlabel("epoch time over plain fit's")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def parse(argv):
@@ -503,7 +517,8 @@ def main(argv=None):
         name = f"jit {mode}, accum_steps {accum_steps}"
         print(f"\n### {name}\n", flush=True)
         measured = results[name] = measure_all(options, mode, accum_steps)
-        print(table(measured), rule(measured, PLAIN), rule(measured, BUILT_IN), sep="\n\n")
+        rules = [rule(measured, *pair) for pair in RULES]
+        print(table(measured), *rules, sep="\n\n")
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"setting": setting(options), "seconds": results}, file, indent=1)

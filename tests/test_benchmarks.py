@@ -136,7 +136,7 @@ def test_compile_time_of_each_rival(tiny_cases, in_this_process, tmp_path, capsy
         assert f"### {kind}, dense\n" in printed
     assert rows_of(printed)[0] == ["", "accum_steps 2"]
     assert rows_of(printed)[2] == [PLAIN, "1.00 (1.00-1.00)"]
-    assert printed.count(f"{OPTIMIZER}: within 1.3 times {PLAIN}? ") == 2
+    assert printed.count(f"{OPTIMIZER}: within 1.3 times {PLAIN}? ") == len(compile_time.KINDS)
 
 
 def seconds_of(rival_seconds):
