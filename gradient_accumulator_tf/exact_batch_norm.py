@@ -331,7 +331,7 @@ class _Inputs:
 
     def __init__(self, stage, state):
         self._stage, self._state = stage, state
-        self._keys = [key for key in stage.reads if state.kept[key].last.dtype.is_floating]
+        self._keys = [key for key in stage.reads if state.kept[key].rest.dtype.is_floating]
         self._started = [key for key in self._keys if key in state.cotangents]
         self.pending = [state.cotangents[key] for key in self._started]
 

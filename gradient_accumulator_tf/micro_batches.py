@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from gradient_accumulator_tf import _compat
+
 
 def batch_size(batch):
     """Number of examples in a nested batch: an int where it is static, else an int32 scalar.
@@ -74,20 +76,20 @@ class Kept(NamedTuple):
     """A tensor of every micro-batch.
 
     Attributes:
-        looped: `tf.TensorArray` or list with those of all whole micro-batches.
-        last: That of a smaller last micro-batch; something empty if there is none.
+        looped: `tf.TensorArray` or list with those of the micro-batches in the loop.
+        rest: That of the one after it; something empty if there is none.
     """
 
     looped: Any
-    last: Any
+    rest: Any
 
 
 def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
     """`step` of every micro-batch of `batch`, the first results added up, the second kept.
 
-    In graph mode `step` is traced once. All whole micro-batches run in a `tf.while_loop`, which
-    keeps one micro-batch's activations at a time. What is left after it, if anything, runs in a
-    conditional by the batch's shape, of which XLA compiles only the branch that is taken.
+    In graph mode `step` is traced once. The micro-batches run in a `tf.while_loop`, which keeps one
+    micro-batch's activations at a time. For XLA all have one size in it: what is left runs after
+    it, in a conditional by the batch's shape, of which XLA compiles only the branch that is taken.
 
     Args:
         step: Function of a nested batch, and of a tensor for each of `kept`, that returns
@@ -102,28 +104,34 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
         The sum, the list of `Kept`, and the third result of the last micro-batch.
     """
     examples = batch_size(batch)
+    if tf.executing_eagerly():
+        examples = int(examples)  # of ragged tensors it is a tensor
     if isinstance(examples, int) and examples <= micro_batch_size:
-        summands, keep, result = step(batch, *(k.last for k in kept))
+        summands, keep, result = step(batch, *(k.rest for k in kept))
         return add(zeros(summands), summands), [Kept([], t) for t in keep], result
     if tf.executing_eagerly():
         total, looped = None, []
         for start in range(0, examples, micro_batch_size):
-            inputs = [[*k.looped, k.last][len(looped)] for k in kept]
+            inputs = [k.looped[len(looped)] for k in kept]
             size = min(micro_batch_size, examples - start)
             summands, keep, result = step(slice_batch(batch, start, size), *inputs)
             total = add(zeros(summands) if total is None else total, summands)
             looped.append(keep)
-        *looped, last = looped
-        return total, [Kept([k[i] for k in looped], t) for i, t in enumerate(last)], result
+        return total, [Kept(list(k), k[0]) for k in zip(*looped, strict=True)], result
 
-    turns, left = examples // micro_batch_size, examples % micro_batch_size
-    # A static size where all micro-batches have the same; XLA compiles the loop's body also for
-    # a batch that is smaller than a micro-batch, where it does not run.
-    even = isinstance(left, int) and left == 0
-    size = micro_batch_size if even else tf.minimum(micro_batch_size, examples)
+    even = isinstance(examples, int) and examples % micro_batch_size == 0
+    has_rest = not even and _compat.compiles_with_xla()
+    turns = (examples if has_rest or even else examples + micro_batch_size - 1) // micro_batch_size
+
+    def size_at(turn):
+        if even:
+            return micro_batch_size
+        # XLA also compiles the loop for a batch that is smaller than a micro-batch.
+        return tf.minimum(micro_batch_size, examples - (0 if has_rest else turn * micro_batch_size))
+
     step = tf.function(step, autograph=False)
-    specs = [tf.TensorSpec(k.looped.element_shape, k.last.dtype) for k in kept]
-    traced = step.get_concrete_function(slice_batch(batch, 0, size), *specs)
+    specs = [tf.TensorSpec(k.looped.element_shape, k.rest.dtype) for k in kept]
+    traced = step.get_concrete_function(slice_batch(batch, 0, size_at(0)), *specs)
     summands, keep_specs, result_specs = traced.structured_outputs
     template = (zeros(summands), tf.nest.map_structure(_empty, result_specs))
 
@@ -134,7 +142,7 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
         return _without_nones((add(total, summands), result)), keep
 
     def body(turn, flat, arrays):
-        micro_batch = slice_batch(batch, turn * micro_batch_size, size)
+        micro_batch = slice_batch(batch, turn * micro_batch_size, size_at(turn))
         flat, keep = one_more(flat, micro_batch, *(k.looped.read(turn) for k in kept))
         arrays = [array.write(turn, t) for array, t in zip(arrays, keep, strict=True)]
         return turn + 1, flat, arrays
@@ -152,16 +160,21 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
         parallel_iterations=1,
     )
 
-    def rest():
+    def run_rest():
         # The start from the loop's counter, so that this waits for the loop to end; the size not,
         # as XLA has to know it.
+        left = examples % micro_batch_size
         micro_batch = slice_batch(batch, turn * micro_batch_size, left)
-        return one_more(flat, micro_batch, *(k.last for k in kept))
+        return one_more(flat, micro_batch, *(k.rest for k in kept))
 
-    def no_rest():
+    def run_nothing():
         return flat, [_empty(t) for t in keep_specs]
 
-    # Of `tf.cond` XLA would compile both branches.
-    flat, last = no_rest() if even else tf.switch_case(tf.minimum(left, 1), [no_rest, rest])
+    if has_rest:
+        # Of `tf.cond` XLA would compile both branches.
+        index = tf.minimum(examples % micro_batch_size, 1)
+        flat, rest = tf.switch_case(index, [run_nothing, run_rest])
+    else:
+        flat, rest = run_nothing()
     total, result = _with_nones(template, flat)
-    return total, [Kept(*pair) for pair in zip(arrays, last, strict=True)], result
+    return total, [Kept(*pair) for pair in zip(arrays, rest, strict=True)], result
