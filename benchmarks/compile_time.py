@@ -1,11 +1,12 @@
-"""What a training step takes to start: to trace, and for XLA to compile, over plain fit's.
+"""What a training step takes to start: to trace, to optimise, to compile, over plain fit's.
 
     python -m benchmarks.compile_time
     python -m benchmarks.compile_time --cases dense-1M-Adam --json start.json --plot start.png
 
 Each measurement has a process of its own, which first traces and compiles a tiny net, as a
 program's first time also loads libraries. All are measured in turn, several times. Tracing ends
-with the concrete function; compiling starts from it. With XLA a step waits for both.
+with the concrete function. From it start TensorFlow's optimisation of the graph, which is what the
+first call takes more than the second, and with XLA the compiling.
 """
 
 import argparse
@@ -26,7 +27,12 @@ from examples.digits import in_own_process
 
 RIVALS = (PLAIN, LARGE, OPTIMIZER, ACROSS_STEPS, WITHIN_STEP)
 OURS = (OPTIMIZER, ACROSS_STEPS, WITHIN_STEP)
-KINDS = ("tracing", "XLA compilation", "tracing and XLA compilation")
+KINDS = (
+    "tracing",
+    "tracing and graph optimisation",
+    "XLA compilation",
+    "tracing and XLA compilation",
+)
 CASES = ("dense-1M-Adam", "convolutional-Adam", "transformer-Adam")
 TINY = overhead.dense_case(overhead.ADAM, 0, 4, 4)
 WITHIN = 1.3  # times plain fit
@@ -54,6 +60,16 @@ def traced(case, rival, micro_batch_size, accum_steps, jit):
     return step, next(iter(batches)), time.perf_counter() - start
 
 
+def optimisation(step, batch):
+    """Seconds in which TensorFlow optimises a traced function's graph."""
+    calls = []
+    for _ in range(2):
+        start = time.perf_counter()
+        tf.nest.map_structure(np.asarray, step(batch))
+        calls.append(time.perf_counter() - start)
+    return max(calls[0] - calls[1], 0.0)
+
+
 def compilation(step, batch):
     """Seconds in which XLA compiles a traced function."""
     lowered = step.experimental_get_compiler_ir(batch)
@@ -65,10 +81,11 @@ def compilation(step, batch):
 def measure(case, *args):
     """Seconds of the `KINDS`, by name; arguments as for `traced`, without `jit`."""
     for net in (TINY, overhead.CASES[case]):
-        *_, tracing = traced(net, *args, jit=False)
+        step, batch, tracing = traced(net, *args, jit=False)
+        optimising = optimisation(step, batch)
         step, batch, tracing_for_xla = traced(net, *args, jit=True)
         compiling = compilation(step, batch)
-    seconds = (tracing, compiling, tracing_for_xla + compiling)
+    seconds = (tracing, tracing + optimising, compiling, tracing_for_xla + compiling)
     return dict(zip(KINDS, seconds, strict=True))
 
 
@@ -135,37 +152,35 @@ def answer(value, most):
 
 
 def plot(results, path):
-    """Lines of the ratios over the number of micro-batches, a panel for each table."""
+    """The ratios on a line for each rival, darker for more micro-batches, a panel per table."""
     from matplotlib.figure import Figure  # not needed for the tables
 
-    figure = Figure(figsize=(max(7, 4 * len(results)), 3.4 * len(KINDS)), layout="constrained")
-    panels = figure.subplots(len(KINDS), len(results), squeeze=False, sharey="row")
-    styles = ("k:", "-", "--", "-.", "-")
+    figure = Figure(figsize=(1.5 + 2.6 * len(results), 1.8 * len(KINDS)), layout="constrained")
+    panels = figure.subplots(len(KINDS), len(results), squeeze=False, sharex=True, sharey=True)
     for column, (case, kinds) in zip(panels.T, results.items(), strict=True):
         for panel, (kind, measured) in zip(column, kinds.items(), strict=True):
-            for rival, style in zip(RIVALS, styles, strict=True):
-                columns = measured[rival]
-                cells = [overhead.ratio(columns[n], measured[PLAIN][n]) for n in columns]
-                middle, low, high = np.transpose(cells)
-                panel.errorbar(
-                    list(map(int, columns)),
-                    middle,
-                    yerr=[(middle - low).tolist(), (high - middle).tolist()],
-                    fmt=style,
-                    marker="o",
-                    capsize=3,
-                    label=rival,
+            plain = measured[PLAIN]
+            for i, n in enumerate(plain):
+                ratios = [overhead.ratio(measured[r][n], plain[n])[0] for r in RIVALS[1:]]
+                panel.plot(
+                    ratios,
+                    range(len(ratios)),
+                    "o",
+                    color="tab:blue",
+                    alpha=(i + 1) / len(plain),
+                    label=f"accum_steps {n}",
                 )
-            panel.set(title=f"{kind}, {case}", xscale="log", ylim=(0, None))
-            panel.set_xticks(list(map(int, columns)), list(columns), minor=False)
-            panel.minorticks_off()
+            for at, style in ((1, "-"), (WITHIN, ":")):
+                panel.axvline(at, color="0.4", linestyle=style, linewidth=0.8)
+            panel.set_title(f"{kind},\n{case}", fontsize="small")
+            panel.set_yticks(range(len(RIVALS) - 1), RIVALS[1:], fontsize="x-small")
             panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].invert_yaxis()
+    panels[0][0].set_xlim(0, None)
     for panel in panels[-1]:
-        panel.set_xlabel("accum_steps")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("seconds over plain fit's")
+        panel.set_xlabel("seconds over plain fit's")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -175,7 +190,7 @@ def parse(argv):
         "--cases", nargs="+", choices=overhead.CASES, default=list(CASES), metavar="CASE"
     )
     parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--accum-steps", nargs="+", type=int, default=[2, 8, 64], metavar="N")
+    parser.add_argument("--accum-steps", nargs="+", type=int, default=[2, 64], metavar="N")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each measurement")
     parser.add_argument("--json", metavar="FILE", help="write the seconds of every process")
     parser.add_argument("--plot", metavar="FILE", help="draw the tables; needs matplotlib")
