@@ -121,6 +121,9 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
 
     even = isinstance(examples, int) and examples % micro_batch_size == 0
     has_rest = not even and _compat.compiles_with_xla()
+    if isinstance(examples, int) and not (even or has_rest):
+        # Unknown to TensorFlow, which would take the first micro-batch's size for that of all.
+        examples = tf.raw_ops.PlaceholderWithDefault(input=examples, shape=())
     turns = (examples if has_rest or even else examples + micro_batch_size - 1) // micro_batch_size
 
     def size_at(turn):

@@ -11,8 +11,11 @@ from tests.oracle import dense_model
 MICRO = 3
 
 
-def _looped(execution):
-    """Function of x and y that sums x, keeps 2 x, reads it again, and returns the last maximum."""
+def _looped(execution, examples=None):
+    """Function of x and y that sums x, keeps 2 x, reads it again, and returns the last maximum.
+
+    If `examples` is given, it is traced for this number.
+    """
 
     def both(x, y):
         batch = (x, y, None)
@@ -37,15 +40,18 @@ def _looped(execution):
 
     if execution == "eager":
         return both
-    spec = tf.TensorSpec((None, 2))
+    spec = tf.TensorSpec((examples, 2))
     return tf.function(both, (spec, spec), jit_compile=execution == "xla", autograph=False)
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("execution", ["eager", "graph", "xla"])
-def test_sums_what_is_kept_and_the_last_result_for_any_batch(execution):
+def test_sums_what_is_kept_and_the_last_result_for_any_batch(execution, known):
     looped = _looped(execution)
     rng = np.random.default_rng(0)
     for examples in (1, MICRO - 1, MICRO, MICRO + 1, 2 * MICRO, 3 * MICRO - 1):
+        if known:
+            looped = _looped(execution, examples)
         x, y = rng.normal(size=(2, examples, 2)).astype("float32")
         last = x[(examples - 1) // MICRO * MICRO :]
         total, product, largest = looped(tf.constant(x), tf.constant(y))

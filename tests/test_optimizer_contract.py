@@ -77,6 +77,9 @@ def _train(optimizer, batch_size, execution, **model_arguments):
     x, y, _ = regression_data(LARGE * UPDATES // EPOCHS, dtype="float64")
     model = dense_model(**model_arguments)
     model.compile(optimizer, "mse", **execution)
+    if not isinstance(optimizer, GradientAccumulateOptimizer):
+        # Keras's ScheduleFreeAdamW, if plain `fit` builds it, starts afresh at every step.
+        optimizer.build(model.trainable_variables)
     model.fit(x, y, batch_size=batch_size, epochs=EPOCHS, shuffle=False, verbose=0)
     return model
 
