@@ -389,7 +389,8 @@ def test_mixed_precision(policy, execution):
         keras.config.set_dtype_policy("float32")
     large, exact, micro = (_train(model, **execution)[1] for model in models)
     # A micro-batch's gradient is rounded to sixteen bits before it is summed.
-    assert difference(exact, large) < 0.03
+    # Those of bfloat16 are eight times as coarse as float16's.
+    assert difference(exact, large) < (0.03 if policy == "mixed_bfloat16" else 0.02)
     assert difference(micro, large) > 0.1
 
 
