@@ -16,6 +16,8 @@ from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replic
 from gradient_accumulator_tf.variable_creation import outside_of_tracing
 
 
+# Keras builds optimizers and layers while it traces the first training step.
+@outside_of_tracing()
 def sum_variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
     """A zero variable of each replica's own; read outside a replica, and saved, is their sum."""
     return tf.Variable(
@@ -27,6 +29,7 @@ def sum_variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
     )
 
 
+@outside_of_tracing()
 def counter(name, value=0):
     """An int64 scalar variable that all replicas keep alike; read outside, and saved, as one."""
     return tf.Variable(
@@ -144,12 +147,10 @@ class GradientAccumulator(tf.Module):
         self._shapes = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
         self._overwritten = overwritten_of(variables)
         self.ever_received = set()
-        # Keras builds optimizers while it traces the first training step.
-        with outside_of_tracing():
-            self.micro_step = counter("micro_step")
-            self.steps_in_cycle = counter("steps_in_cycle")
-            self.dropped = sum_variable((), tf.float64, "dropped")
-            self._groups = [_Group(self._shapes, self._overwritten, "group_0")]
+        self.micro_step = counter("micro_step")
+        self.steps_in_cycle = counter("steps_in_cycle")
+        self.dropped = sum_variable((), tf.float64, "dropped")
+        self._groups = [_Group(self._shapes, self._overwritten, "group_0")]
 
     @property
     def variables_from_build(self):
@@ -304,6 +305,5 @@ class GradientAccumulator(tf.Module):
             group.reset()
 
     def _make_groups(self, number):
-        with outside_of_tracing():
-            for i in range(len(self._groups), number):
-                self._groups.append(_Group(self._shapes, self._overwritten, f"group_{i}"))
+        for i in range(len(self._groups), number):
+            self._groups.append(_Group(self._shapes, self._overwritten, f"group_{i}"))

@@ -11,7 +11,6 @@ from gradient_accumulator_tf._checks import check_positive_int
 from gradient_accumulator_tf.accumulator import sum_variable
 from gradient_accumulator_tf.conditional import run_on_replicas_if
 from gradient_accumulator_tf.replicas import sum_over_replicas
-from gradient_accumulator_tf.variable_creation import outside_of_tracing
 
 
 def pooled_moments(count, first, second, shift):
@@ -171,8 +170,7 @@ class AccumBatchNorm(keras.layers.BatchNormalization):
     def build(self, input_shape):
         """Creates Keras's weights, and the sums of a cycle."""
         super().build(input_shape)
-        with outside_of_tracing():
-            self._pool = _Pool(input_shape[self.axis])
+        self._pool = _Pool(input_shape[self.axis])
 
     def call(self, inputs, training=None, mask=None):
         """Normalises; in training by the micro-batch, which is added to the cycle's statistics."""

@@ -8,7 +8,6 @@ from gradient_accumulator_tf._checks import check_choice
 from gradient_accumulator_tf.accumulator import counter
 from gradient_accumulator_tf.conditional import run_if
 from gradient_accumulator_tf.replicas import number_of_replicas
-from gradient_accumulator_tf.variable_creation import outside_of_tracing
 
 PROPAGATE, DROP_MICRO_BATCH, DROP_CYCLE = "propagate", "drop_micro_batch", "drop_cycle"
 
@@ -83,9 +82,8 @@ class Drops(tf.Module):
 
     def __init__(self):
         super().__init__(name="drops")
-        with outside_of_tracing():
-            self.dropped_micro_steps = counter("dropped_micro_steps")
-            self.dropped_cycles = counter("dropped_cycles")
+        self.dropped_micro_steps = counter("dropped_micro_steps")
+        self.dropped_cycles = counter("dropped_cycles")
 
     @property
     def state(self):

@@ -278,8 +278,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             if self._non_finite != PROPAGATE and self._drops is None:
                 self._drops = Drops()
             if self._schedule is None and self._next_steps is None:
-                with outside_of_tracing():
-                    self._next_steps = counter("accum_steps", self._accum_steps)
+                self._next_steps = counter("accum_steps", self._accum_steps)
         self.built = True
         if self._state_to_load is not None:
             # Once and now, also where Keras builds the optimizer in a graph.
