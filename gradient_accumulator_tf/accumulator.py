@@ -69,7 +69,8 @@ class _Group(tf.Module):
 
     Of the variables `overwritten`, by index, the largest `g_k` instead.
 
-    A sum counts only where `received` says that this cycle has begun it.
+    A sum counts only where `received` says that this cycle has begun it. Those of the indices
+    `scattered` got rows of an `IndexedSlices` in any call or trace so far.
     """
 
     def __init__(self, variables, overwritten, name):
@@ -78,6 +79,7 @@ class _Group(tf.Module):
         self.weight = sum_variable((), tf.float64, f"{name}_weight")
         self.received = sum_variable((len(variables),), tf.bool, f"{name}_received", first)
         self._overwritten = overwritten
+        self.scattered = set()
         self.sums = [
             sum_variable(v.shape, accumulation_dtype(v.dtype), f"{name}_gradient_sum_{i}")
             for i, v in enumerate(variables)
@@ -96,6 +98,8 @@ class _Group(tf.Module):
         ):
             if gradient is None:
                 continue
+            if isinstance(gradient, tf.IndexedSlices):
+                self.scattered.add(i)
             if i in self._overwritten:
                 gradient = tf.cast(gradient, total.dtype)
                 total.assign(tf.where(begun, tf.maximum(total, gradient), gradient))
@@ -253,7 +257,7 @@ class GradientAccumulator(tf.Module):
         """What the cycle holds over all replicas, which talk to each other here and nowhere else.
 
         On one replica the means take the sums' place, so that there is no second copy: `reset`
-        must follow.
+        must follow. Not what is scattered into: TensorFlow copies such a variable in each read.
 
         Args:
             indices: Indices of variables.
@@ -287,7 +291,7 @@ class GradientAccumulator(tf.Module):
             for i, place in enumerate(self._groups[0].sums):
                 with tf.control_dependencies(written):
                     (mean,) = sum_of_means(groups([i]))
-                    if mean is not None:
+                    if mean is not None and i not in self._groups[0].scattered:
                         written = [place.assign(mean, read_value=False)]
                         mean = place.value()
                 means.append(mean)

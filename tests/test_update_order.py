@@ -51,6 +51,25 @@ def test_an_update_holds_no_second_copy_of_the_gradients(make, how):
     assert int(optimizer.iterations.numpy()) == 3
 
 
+def test_a_sum_that_rows_are_scattered_into_is_copied_once_at_the_update():
+    # TensorFlow copies such a variable in each read, so nothing is gained by a mean in its place.
+    variable = tf.Variable(tf.zeros((SIZE, 4)))
+    optimizer = GradientAccumulateOptimizer("sgd", 3)
+    optimizer.build([variable])
+
+    @tf.function
+    def micro_step(value):
+        rows = tf.IndexedSlices(tf.fill([2, 4], value), tf.constant([7, 9]), tf.constant([SIZE, 4]))
+        optimizer.apply([rows])
+
+    flush = tf.function(lambda: optimizer.flush())
+    for _ in range(2):
+        micro_step(tf.constant(1.0))
+        peak = _peak(flush)
+    assert peak < 1.5 * 4 * 4 * SIZE
+    np.testing.assert_allclose(variable[7], -0.02)
+
+
 @pytest.mark.parametrize("how", ["alone", "one_by_one"])
 def test_what_the_order_is_for(how):
     # When "alone" needs no more, Keras's optimizers need no order.
