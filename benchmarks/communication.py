@@ -3,9 +3,11 @@
     python -m benchmarks.communication
     python -m benchmarks.communication --workers 4 --accum-steps 8 --json bytes.json
 
-Starts worker processes on this machine's CPU, which train the same model in every way under a
+Starts worker processes, which train the same model in every way under a
 `tf.distribute.MultiWorkerMirroredStrategy`, and reads from /proc/net/dev, which only Linux has,
 what the loopback interface carried meanwhile. What other programs send there is counted as well.
+Workers compute on GPUs if there are any, each on one of them, and talk over loopback all the same,
+as TensorFlow's ring does; NCCL would leave no trace there.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import overhead
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer, _compat
 
 CLASSES = 10
@@ -188,13 +191,29 @@ def measure(options, accum_steps):
     return {name: [n / options.updates for n in epochs] for name, epochs in counts.items()}
 
 
+def take_a_gpu(task):
+    """Has a worker see one GPU at the most, which it shares if there are fewer than workers."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        own = gpus[task % len(gpus)]
+        tf.config.set_visible_devices(own, "GPU")
+        tf.config.experimental.set_memory_growth(own, True)
+
+
 def work(options):
     """What a worker does; the first one writes what it measured, as all train in step."""
     _compat.mend_fit_on_several_workers()  # the large batch's fit needs it too
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    cluster = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    take_a_gpu(cluster.task_id)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(
+        cluster,
+        tf.distribute.experimental.CommunicationOptions(
+            implementation=tf.distribute.experimental.CommunicationImplementation.RING
+        ),
+    )
     with strategy.scope():
         measured = {f"accum_steps {n}": measure(options, n) for n in options.accum_steps}
-    if strategy.cluster_resolver.task_id == 0:
+    if cluster.task_id == 0:
         Path(options.worker).write_text(json.dumps(measured))
 
 
@@ -225,7 +244,6 @@ def started_workers(command, count):
             environment = {
                 **os.environ,
                 "TF_CONFIG": json.dumps(cluster),
-                "CUDA_VISIBLE_DEVICES": "-1",  # GPUs of one machine do not talk over loopback
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             }
             # Not a pipe, which blocks its writer when it is full.
@@ -281,9 +299,8 @@ def setting(options):
     """One line that says what was measured on what."""
     parameters = make_model(options.units).count_params()
     return (
-        f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {options.workers} workers on one "
-        f"machine of {os.cpu_count()} CPU cores; {parameters:,} parameters "
-        f"({4 * parameters / 1e6:.2f} MB of gradients), micro-batches of "
+        f"{overhead.machine()}; {options.workers} workers on this machine; {parameters:,} "
+        f"parameters ({4 * parameters / 1e6:.2f} MB of gradients), micro-batches of "
         f"{options.micro_batch_size} per worker. MB over the loopback interface per update, all "
         f"workers together: the smallest of {options.repeats} means over {options.updates} "
         f"updates, in brackets the ratio to the large batch."

@@ -9,6 +9,8 @@ import pathlib
 import signal
 import sys
 
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the workers would all take the same GPUs
+
 import keras
 import numpy as np
 import tensorflow as tf

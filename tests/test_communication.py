@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import tensorflow as tf
 
 from benchmarks import communication
 from benchmarks.communication import EVERY_STEP, IDLE, LARGE, OURS
@@ -56,6 +57,21 @@ def test_no_worker_outlives_a_failure(first, timeout, message, tmp_path):
         communication.run_workers(command, 2, timeout)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    "gpus, taken", [([], []), (["a"], ["a"] * 3), (["a", "b"], ["a", "b", "a"])]
+)
+def test_each_worker_takes_one_gpu_if_there_are_any(gpus, taken, monkeypatch):
+    seen, growing = [], []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda own, kind: seen.append(own))
+    monkeypatch.setattr(
+        tf.config.experimental, "set_memory_growth", lambda own, on: growing.append(own)
+    )
+    for task in range(3):
+        communication.take_a_gpu(task)
+    assert seen == growing == taken
 
 
 def test_refuses_what_cannot_be_measured(monkeypatch, tmp_path, capsys):
