@@ -113,7 +113,7 @@ def build_for_training(model, data):
 
 @contextlib.contextmanager
 def replaced_losses(model, replace):
-    """Puts `replace(index, loss)` in place of each of the model's compiled losses.
+    """Puts `replace(loss)` in place of each of the model's compiled losses.
 
     The metrics that Keras keeps per output are left alone meanwhile: they are to be told the
     effective batch's loss, not a micro-batch's. `CompileLoss._flat_losses` and `_metrics`
@@ -124,9 +124,7 @@ def replaced_losses(model, replace):
         yield 0
         return
     losses, metrics = compiled._flat_losses, list(compiled._metrics)
-    compiled._flat_losses = [
-        entry._replace(loss=replace(i, entry.loss)) for i, entry in enumerate(losses)
-    ]
+    compiled._flat_losses = [entry._replace(loss=replace(entry.loss)) for entry in losses]
     compiled._metrics[:] = [_SilentMetric() for _ in metrics]
     try:
         yield len(losses)

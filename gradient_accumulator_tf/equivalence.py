@@ -13,8 +13,9 @@ from gradient_accumulator_tf.equivalence_causes import (
     random_layers,
     repeats_itself,
 )
-from gradient_accumulator_tf.model import GradientAccumulateModel, overridden_methods
+from gradient_accumulator_tf.model import GradientAccumulateModel
 from gradient_accumulator_tf.model_copy import carry_state, copy_model, copy_optimizer
+from gradient_accumulator_tf.model_wrapper import overridden_methods
 from gradient_accumulator_tf.optimizer import (
     GradientAccumulateOptimizer,
     accumulating_optimizer,

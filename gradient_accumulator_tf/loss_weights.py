@@ -92,9 +92,8 @@ class LossRecorder:
         self._same_shapes = same_shapes
         self.terms = []
 
-    def replace(self, index, loss):
+    def replace(self, loss):
         """The function to call in place of the compiled loss `loss`."""
-        del index
 
         def recorded(y_true, y_pred, sample_weight=None):
             value, values = _call_and_keep_values(loss, y_true, y_pred, sample_weight)

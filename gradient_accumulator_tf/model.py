@@ -31,6 +31,7 @@ from gradient_accumulator_tf.loss_weights import (
     with_coefficients,
 )
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
+from gradient_accumulator_tf.model_wrapper import ModelWrapper
 from gradient_accumulator_tf.non_finite import (
     DROP_MICRO_BATCH,
     PROPAGATE,
@@ -82,17 +83,8 @@ class _Loss(NamedTuple):
     share: Any
 
 
-_TRAINER_METHODS = (
-    "train_step",
-    "test_step",
-    "predict_step",
-    "compute_loss",
-    "compute_metrics",
-)
-
-
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
-class GradientAccumulateModel(keras.Model):
+class GradientAccumulateModel(ModelWrapper):
     """A Keras model that trains on effective batches in micro-batches.
 
     Exactly one of two modes:
@@ -211,11 +203,7 @@ class GradientAccumulateModel(keras.Model):
                 'non_finite="drop_cycle" instead.'
             )
         check_strategy()
-        wrapped = _wrapped_model(type(self), inputs, outputs, model, kwargs)
-        if wrapped is not None:
-            # Inputs reach the wrapped model as they are; it casts them, or not, by itself.
-            kwargs = {"dtype": wrapped.dtype_policy, "autocast": False, **kwargs}
-        super().__init__(**kwargs)
+        super().__init__(inputs, outputs, model, **kwargs)
         self._accum_steps = accum_steps
         self.micro_batch_size = micro_batch_size
         self.batch_norm = batch_norm
@@ -223,9 +211,6 @@ class GradientAccumulateModel(keras.Model):
         self.non_finite = non_finite
         within_step = micro_batch_size is not None and non_finite != PROPAGATE
         self._drops = Drops() if within_step else None
-        self.model = wrapped
-        if wrapped is not None:
-            self.built = wrapped.built
 
     @property
     def accum_steps(self):
@@ -256,16 +241,6 @@ class GradientAccumulateModel(keras.Model):
     def dropped_cycles(self):
         """int64 scalar variable: cycles dropped so far (0 if none can be)."""
         return getattr(self._drops or self._accumulating_optimizer, "dropped_cycles", 0)
-
-    def call(self, inputs, training=None):
-        """Calls the wrapped model; a subclass without one defines its own."""
-        if self.model is None:
-            raise NotImplementedError(
-                f"{type(self).__name__} must wrap a model or define `call`. Received: neither. "
-                "Pass model=..., or inputs=... and outputs=..., or override `call`."
-            )
-        # Layers take `training` from the outermost call.
-        return self.model(inputs)
 
     def compile(self, optimizer="rmsprop", *args, **kwargs):
         """Configures the model for training; arguments as for `keras.Model.compile`.
@@ -708,21 +683,6 @@ class GradientAccumulateModel(keras.Model):
             name=optimizer.name,
         )
 
-    # What follows makes a wrapper look like the model in it.
-
-    @property
-    def layers(self):
-        """The wrapped model's layers, or this model's own."""
-        return super().layers if self.model is None else self.model.layers
-
-    def summary(self, *args, **kwargs):
-        """Prints the wrapped model's summary; arguments as for `keras.Model.summary`."""
-        return (super() if self.model is None else self.model).summary(*args, **kwargs)
-
-    def export(self, *args, **kwargs):
-        """Exports the wrapped model for inference; arguments as for `keras.Model.export`."""
-        return (super() if self.model is None else self.model).export(*args, **kwargs)
-
     def get_config(self):
         """Config of the wrapped model and the mode; a subclass's own, as by Keras, without one."""
         if self.model is None:
@@ -747,81 +707,6 @@ class GradientAccumulateModel(keras.Model):
         )
         steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
         return cls(**{**config, "model": model, "accum_steps": steps})
-
-    def get_build_config(self):
-        """None around a model, whose own config says how it is built."""
-        return super().get_build_config() if self.model is None else None
-
-    def _obj_type(self):
-        # Weight files are laid out by it.
-        return super()._obj_type() if self.model is None else self.model._obj_type()
-
-    def __getattr__(self, name):
-        model = self.__dict__.get("model")
-        if model is None or name.startswith("_"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(model, name)
-
-    def __dir__(self):
-        # Keras saves what it finds here, and is to find what is in the plain model.
-        model = self.__dict__.get("model")
-        if model is None:
-            return super().__dir__()
-        return sorted({*super().__dir__(), *dir(model)} - {"model"})
-
-
-def overridden_methods(model):
-    """Names of the training methods that a model's class has of its own."""
-    return [
-        name
-        for name in _TRAINER_METHODS
-        if getattr(type(model), name) is not getattr(keras.Model, name)
-    ]
-
-
-def _wrapped_model(cls, inputs, outputs, model, kwargs):
-    """The model to wrap, or None for a subclass with its own `call`."""
-    functional = inputs is not None or outputs is not None
-    if model is None and not functional:
-        return None
-    if cls.call is not GradientAccumulateModel.call:
-        raise ValueError(
-            "A subclass that defines `call` must not be given a model as well. Received: "
-            f"{cls.__name__} with model={model!r}, inputs={inputs!r}, outputs={outputs!r}. "
-            "Leave them out, or wrap the model in a plain GradientAccumulateModel."
-        )
-    if model is None:
-        if inputs is None or outputs is None:
-            raise ValueError(
-                "`inputs` and `outputs` must be given together. "
-                f"Received: inputs={inputs!r}, outputs={outputs!r}."
-            )
-        return keras.Model(inputs=inputs, outputs=outputs)
-    if functional:
-        raise ValueError(
-            "Either `model` or `inputs` and `outputs` must be given, not both. "
-            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}."
-        )
-    if not isinstance(model, keras.Model):
-        kind = f"{type(model).__module__}.{type(model).__name__}"
-        raise TypeError(
-            f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Models of "
-            "tf_keras (Keras 2) cannot be wrapped: build it with `keras` instead."
-        )
-    overridden = overridden_methods(model)
-    if overridden:
-        raise ValueError(
-            "A model that overrides a training method cannot be wrapped, as that method would "
-            f"never be called. Received: {type(model).__name__} with its own "
-            f"{', '.join(overridden)}. Derive {type(model).__name__} from "
-            "GradientAccumulateModel instead of keras.Model"
-            + (
-                ", or keep it and compile it with a GradientAccumulateOptimizer."
-                if not isinstance(model, GradientAccumulateModel)
-                else "; a GradientAccumulateModel is not wrapped twice."
-            )
-        )
-    return model
 
 
 def _counted_if_finite(value, weight):

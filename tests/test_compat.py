@@ -72,8 +72,11 @@ def test_replaced_losses_are_called_and_put_back():
     metrics = _compat.per_output_loss_metrics(model)
     assert len(metrics) == 2
 
-    def replace(index, loss):
-        return lambda y_true, y_pred, sample_weight=None: tf.constant(float(index + 1))
+    values = iter([1.0, 2.0])
+
+    def replace(loss):
+        value = next(values)
+        return lambda y_true, y_pred, sample_weight=None: tf.constant(value)
 
     with _compat.replaced_losses(model, replace) as number:
         total = _compat.compute_loss(model, data[0], data[1], model(data[0]), None)

@@ -1,0 +1,141 @@
+"""A Keras model around another one that looks like the model in it."""
+
+import keras
+
+_TRAINER_METHODS = (
+    "train_step",
+    "test_step",
+    "predict_step",
+    "compute_loss",
+    "compute_metrics",
+)
+
+
+class ModelWrapper(keras.Model):
+    """Base of a model that trains another one in its own way, or has a `call` of its own.
+
+    Around a model, layers and variables are that model's own, and what is not found on the
+    wrapper is looked up on it.
+
+    Args:
+        inputs: Inputs of a functional model, as for `keras.Model`.
+        outputs: Its outputs.
+        model: A `keras.Model` to wrap instead: functional, Sequential or subclassed.
+        **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
+
+    Attributes:
+        model: The wrapped model; None for a subclass with its own `call`.
+
+    Raises:
+        TypeError: If `model` is not a Keras 3 model.
+        ValueError: If `model` is given together with `inputs`, `outputs` or a `call` of its own,
+            or overrides a training method.
+    """
+
+    def __init__(self, inputs=None, outputs=None, model=None, **kwargs):
+        wrapped = _wrapped_model(type(self), inputs, outputs, model)
+        if wrapped is not None:
+            # Inputs reach the wrapped model as they are; it casts them, or not, by itself.
+            kwargs = {"dtype": wrapped.dtype_policy, "autocast": False, **kwargs}
+        super().__init__(**kwargs)
+        self.model = wrapped
+        if wrapped is not None:
+            self.built = wrapped.built
+
+    def call(self, inputs, training=None):
+        """Calls the wrapped model; a subclass without one defines its own."""
+        if self.model is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must wrap a model or define `call`. Received: neither. "
+                "Pass model=..., or inputs=... and outputs=..., or override `call`."
+            )
+        # Layers take `training` from the outermost call.
+        return self.model(inputs)
+
+    @property
+    def layers(self):
+        """The wrapped model's layers, or this model's own."""
+        return super().layers if self.model is None else self.model.layers
+
+    def summary(self, *args, **kwargs):
+        """Prints the wrapped model's summary; arguments as for `keras.Model.summary`."""
+        return (super() if self.model is None else self.model).summary(*args, **kwargs)
+
+    def export(self, *args, **kwargs):
+        """Exports the wrapped model for inference; arguments as for `keras.Model.export`."""
+        return (super() if self.model is None else self.model).export(*args, **kwargs)
+
+    def get_build_config(self):
+        """None around a model, whose own config says how it is built."""
+        return super().get_build_config() if self.model is None else None
+
+    def _obj_type(self):
+        # Weight files are laid out by it.
+        return super()._obj_type() if self.model is None else self.model._obj_type()
+
+    def __getattr__(self, name):
+        model = self.__dict__.get("model")
+        if model is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(model, name)
+
+    def __dir__(self):
+        # Keras saves what it finds here, and is to find what is in the plain model.
+        model = self.__dict__.get("model")
+        if model is None:
+            return super().__dir__()
+        return sorted({*super().__dir__(), *dir(model)} - {"model"})
+
+
+def overridden_methods(model):
+    """Names of the training methods that a model's class has of its own."""
+    return [
+        name
+        for name in _TRAINER_METHODS
+        if getattr(type(model), name) is not getattr(keras.Model, name)
+    ]
+
+
+def _wrapped_model(cls, inputs, outputs, model):
+    """The model to wrap, or None for a subclass with its own `call`."""
+    functional = inputs is not None or outputs is not None
+    if model is None and not functional:
+        return None
+    if cls.call is not ModelWrapper.call:
+        raise ValueError(
+            "A subclass that defines `call` must not be given a model as well. Received: "
+            f"{cls.__name__} with model={model!r}, inputs={inputs!r}, outputs={outputs!r}. "
+            "Leave them out, or wrap the model in a plain GradientAccumulateModel."
+        )
+    if model is None:
+        if inputs is None or outputs is None:
+            raise ValueError(
+                "`inputs` and `outputs` must be given together. "
+                f"Received: inputs={inputs!r}, outputs={outputs!r}."
+            )
+        return keras.Model(inputs=inputs, outputs=outputs)
+    if functional:
+        raise ValueError(
+            "Either `model` or `inputs` and `outputs` must be given, not both. "
+            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}."
+        )
+    if not isinstance(model, keras.Model):
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise TypeError(
+            f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Models of "
+            "tf_keras (Keras 2) cannot be wrapped: build it with `keras` instead."
+        )
+    overridden = overridden_methods(model)
+    if overridden:
+        raise ValueError(
+            "A model that overrides a training method cannot be wrapped, as that method would "
+            f"never be called. Received: {type(model).__name__} with its own "
+            f"{', '.join(overridden)}. Derive {type(model).__name__} from "
+            "GradientAccumulateModel instead of keras.Model"
+            + (
+                ", or keep it and compile it with a GradientAccumulateOptimizer."
+                if not isinstance(model, ModelWrapper)
+                else "; a GradientAccumulateModel is not wrapped twice."
+            )
+        )
+    return model
