@@ -37,7 +37,7 @@ autodoc_default_options = {
         [
             "accumulates, apply_contributions, is_updating, lead, scaled_by",
             "build, call, compile_from_config, compute_mask, compute_output_shape",
-            "finalize_variable_values, from_config, get_build_config, get_config",
+            "finalize_variable_values, from_config, get_config",
             "load_own_variables, save_own_variables, variables",
             "make_train_function, train_step",
             "on_epoch_begin, on_epoch_end, on_train_batch_end",

@@ -167,8 +167,8 @@ def compiles_with_xla():
     """Whether what is being traced will be compiled by XLA.
 
     `control_flow_util.GraphOrParentsInXlaContext` (TensorFlow 2.16 to 2.21), which TensorFlow's
-    own loops and recurrent layers ask. XLA needs all sizes when it compiles; otherwise only speed
-    depends on the answer.
+    own loops and recurrent layers ask. XLA needs all sizes when it compiles, and lacks an
+    operation that scatters in place; otherwise only speed depends on the answer.
     """
     import tensorflow as tf
     from tensorflow.python.ops import control_flow_util

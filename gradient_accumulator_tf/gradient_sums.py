@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf.replicas import number_of_replicas
 
 
@@ -53,9 +54,13 @@ def scale_gradient(gradient, factor, dtype):
 
 def add_gradient(total, gradient):
     """`total + gradient`, tensors of one shape and dtype; slices are scattered into the sum."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], gradient.values)
-    return total + gradient
+    if not isinstance(gradient, tf.IndexedSlices):
+        return total + gradient
+    indices = gradient.indices[:, tf.newaxis]
+    if _compat.compiles_with_xla():  # which knows the first of the two only, and adds in place
+        return tf.tensor_scatter_nd_add(total, indices, gradient.values)
+    # In place if nobody else has the sum; the other one copies it on a CPU (TensorFlow 2.21).
+    return tf.raw_ops.ScatterNdNonAliasingAdd(input=total, indices=indices, updates=gradient.values)
 
 
 def weighted_mean(total, weight):

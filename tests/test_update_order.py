@@ -1,4 +1,4 @@
-"""An update needs memory for one variable at a time, and its means are where the sums were."""
+"""Sums are added to in place; an update needs memory for one variable at a time."""
 
 import functools
 
@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from gradient_accumulator_tf.gradient_sums import add_gradient
 from gradient_accumulator_tf.update_order import one_by_one
 from tests.oracle import dense_model, difference, momentum_and_mse, regression_data, state_of
 
@@ -68,6 +69,29 @@ def test_a_sum_that_rows_are_scattered_into_is_copied_once_at_the_update():
         peak = _peak(flush)
     assert peak < 1.5 * 4 * 4 * SIZE
     np.testing.assert_allclose(variable[7], -0.02)
+
+
+@pytest.mark.parametrize("how", ["add_gradient", "tf.tensor_scatter_nd_add"])
+def test_a_loop_scatters_rows_into_its_sum_in_place(how):
+    # When TensorFlow's public function needs no more, the raw operation can go.
+    def add(total, rows):
+        if how == "add_gradient":
+            return add_gradient(total, rows)
+        return tf.tensor_scatter_nd_add(total, rows.indices[:, tf.newaxis], rows.values)
+
+    @tf.function
+    def loop(turns, value):
+        rows = tf.IndexedSlices(tf.fill([3, 4], value), tf.constant([7, 7, 9]))
+        start = (0, tf.fill([SIZE, 4], 0 * value))
+        _, total = tf.while_loop(
+            lambda turn, _: turn < turns, lambda turn, total: (turn + 1, add(total, rows)), start
+        )
+        return tf.gather(total, [7, 8, 9])
+
+    total = loop(tf.constant(3), tf.constant(1.0))
+    np.testing.assert_array_equal(total[:, 0], [6.0, 0.0, 3.0])
+    peak = _peak(lambda: loop(tf.constant(3), tf.constant(1.0)))
+    assert (peak < 1.5 * 4 * 4 * SIZE) == (how == "add_gradient"), peak / SIZE / 16
 
 
 @pytest.mark.parametrize("how", ["alone", "one_by_one"])
