@@ -1,6 +1,7 @@
 """Sums are added to in place; an update needs memory for one variable at a time."""
 
 import functools
+import gc
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ VARIABLES, SIZE = 16, 2**18  # of a MiB each
 
 def _peak(function):
     """Bytes that TensorFlow's allocator held at the most, above what it held before."""
+    gc.collect()  # or what an earlier test left may go meanwhile
     try:
         tf.config.experimental.reset_memory_stats("CPU:0")
     except ValueError:
