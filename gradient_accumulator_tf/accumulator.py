@@ -47,11 +47,21 @@ def _add_to(total, gradient, started):
     A cycle need not begin with zeros that are written, read and copied again. XLA adds and selects
     in one pass; elsewhere a conditional hands the gradient's own buffer to the variable.
     """
+    xla = _compat.compiles_with_xla()
     if isinstance(gradient, tf.IndexedSlices):
+        local = _compat.replica_local(total)
+
+        def make_zero():
+            if xla:
+                total.assign(tf.zeros_like(total))
+            else:  # in place, where `assign` would copy
+                zero, rows = tf.zeros((), total.dtype), tf.range(total.shape[0])
+                local.scatter_update(tf.IndexedSlices(zero, rows))
+
         # Rows that get no slice in this cycle must be zero all the same.
-        run_if(tf.logical_not(started), lambda: total.assign(tf.zeros_like(total)))
-        _compat.replica_local(total).scatter_add(gradient)
-    elif _compat.compiles_with_xla():
+        run_if(tf.logical_not(started), make_zero)
+        local.scatter_add(gradient)
+    elif xla:
         total.assign(tf.where(started, total, tf.zeros_like(total)) + gradient)
     else:
 
