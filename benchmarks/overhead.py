@@ -3,14 +3,14 @@
     python -m benchmarks.overhead
     python -m benchmarks.overhead --cases dense-1M-SGD --jit on --accum-steps 8 --json times.json
 
-All rivals train the same model on the same examples in one process, an epoch each in turn, so
-that a busy moment of the machine meets all of them. Plain fit updates after every micro-batch.
-TensorFlow trains on a GPU if there is one; what was measured on is printed.
+Each case has a process of its own, as TensorFlow gives back little of a model's memory. In it all
+rivals train the same model on the same examples, an epoch each in turn, so that a busy moment of
+the machine meets all of them. Plain fit updates after every micro-batch. TensorFlow trains on a GPU
+if there is one; what was measured on is printed.
 """
 
 import argparse
 import functools
-import gc
 import itertools
 import json
 import os
@@ -27,6 +27,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from examples.digits import in_own_process
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 
 CLASSES = 10
@@ -487,7 +488,8 @@ def measure_all(options, mode, accum_steps):
     measured = {}
     for name in options.cases:
         print(f"measuring {name}, jit {mode}, {accum_steps} steps", file=sys.stderr, flush=True)
-        measured[name], differences = measure(
+        measured[name], differences = in_own_process(
+            measure,
             CASES[name],
             mode == "on",
             options.micro_batch_size,
@@ -498,9 +500,6 @@ def measure_all(options, mode, accum_steps):
         for rival, difference in differences.items():
             if not difference <= TOLERANCE:  # so that NaN warns as well
                 print(f"Warning: {name}: weights of {rival} are off by {difference:.1e}")
-        # Frees the case's models before the next one's are built.
-        keras.backend.clear_session()
-        gc.collect()
     return measured
 
 

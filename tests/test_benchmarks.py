@@ -22,15 +22,15 @@ TINY = {
 
 
 @pytest.fixture
-def tiny_cases(monkeypatch):
-    monkeypatch.setattr(overhead, "CASES", TINY)
+def in_this_process(monkeypatch):
+    """A process for each measurement takes minutes to start them all."""
+    for benchmark in (batch_norm, compile_time, overhead):
+        monkeypatch.setattr(benchmark, "in_own_process", lambda function, *args: function(*args))
 
 
 @pytest.fixture
-def in_this_process(monkeypatch):
-    """A process for each measurement takes minutes to start them all."""
-    for benchmark in (batch_norm, compile_time):
-        monkeypatch.setattr(benchmark, "in_own_process", lambda function, *args: function(*args))
+def tiny_cases(monkeypatch, in_this_process):
+    monkeypatch.setattr(overhead, "CASES", TINY)
 
 
 def rows_of(markdown):
