@@ -114,6 +114,10 @@ def normal_inputs(shape, rng, examples):
     return rng.normal(size=(examples, *shape)).astype("float32")
 
 
+def token_inputs(tokens, length, rng, examples):
+    return rng.integers(tokens, size=(examples, length), dtype="int32")
+
+
 def dense_case(optimizer, steps, features, *units):
     return Case(
         functools.partial(dense_model, features, *units),
@@ -145,7 +149,7 @@ def embedding_case(optimizer, steps, rows=200_000, columns=128, length=32, **kwa
     return Case(
         functools.partial(embedding_model, rows, columns, length),
         optimizer,
-        lambda rng, examples: rng.integers(rows, size=(examples, length), dtype="int32"),
+        functools.partial(token_inputs, rows, length),
         steps,
         **kwargs,
     )

@@ -2,9 +2,11 @@
 
 import functools
 import json
+import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -74,6 +76,12 @@ def test_a_table_for_each_number_of_micro_batches(tiny_cases, capsys):
     printed = capsys.readouterr().out
     assert [line[4:] for line in printed.splitlines() if line.startswith("### ")] == names
     assert printed.count(f"| {PLAIN} | 1.00 (") == 2
+
+
+@pytest.mark.parametrize("case", [*overhead.CASES.values(), *TINY.values()])
+def test_a_case_can_go_to_a_process_of_its_own(case):
+    rng = np.random.default_rng(0)
+    assert pickle.loads(pickle.dumps(case)).inputs(rng, 2).shape[0] == 2
 
 
 def test_says_what_was_measured_on(monkeypatch):
