@@ -128,7 +128,7 @@ def test_batch_norm_in_all_its_parts(float64, in_this_process, tmp_path, capsys)
     assert set(json.loads((tmp_path / "all.json").read_text())) == {"setting", *results}
 
 
-def test_compile_time_of_each_rival(tiny_cases, in_this_process, tmp_path, capsys):
+def test_compile_time_of_each_rival(tiny_cases, tmp_path, capsys):
     table, drawing = tmp_path / "start.json", tmp_path / "start.png"
     options = "--cases dense --micro-batch-size 2 --accum-steps 2 --repeats 1".split()
     results = compile_time.main([*options, "--json", str(table), "--plot", str(drawing)])
