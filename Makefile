@@ -10,12 +10,16 @@ JOBS ?= 2
 BENCHMARKS ?= overhead memory communication compile_time batch_norm checkpointing
 RESULTS ?= benchmarks/results
 
+# How many random trainings, and which: make fuzz FUZZ_EXAMPLES=1000 FUZZ_SEED=7
+FUZZ_EXAMPLES ?= 300
+FUZZ_SEED ?= $(shell date +%s)
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs test-oldest benchmarks clean
+.PHONY: help demo test fuzz lint docs test-oldest benchmarks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -39,6 +43,10 @@ test: export PYTEST_ARGS := $(PYTEST_ARGS)
 test: $(STAMP)  ## run the test suite, JOBS files at a time
 	@printf '%s\n' tests/test_*.py | xargs -P $(JOBS) -I FILE sh -c \
 		'eval "$(RUN) -m pytest $$PYTEST_ARGS FILE" || [ $$? -eq 5 ] || { echo "FAILED: FILE"; exit 1; }'
+
+fuzz: export FUZZ_EXAMPLES := $(FUZZ_EXAMPLES)
+fuzz: $(STAMP)  ## compare random trainings with the large batch; a failure is printed as a script
+	$(RUN) -m pytest tests/test_random_cases.py --hypothesis-seed=$(FUZZ_SEED)
 
 lint: $(STAMP)  ## check style and formatting
 	$(RUN) -m ruff check
