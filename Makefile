@@ -19,7 +19,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint docs test-oldest benchmarks clean
+.PHONY: help demo test fuzz lint docs test-oldest test-uncapped benchmarks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -58,6 +58,9 @@ docs: $(STAMP)  ## build the documentation into docs/_build
 
 test-oldest: $(STAMP)  ## run the suite on the oldest supported TensorFlow and Keras
 	$(RUN) -m nox --session tests_oldest -- $(PYTEST_ARGS)
+
+test-uncapped: $(STAMP)  ## run the suite on the newest TensorFlow and Keras that there are
+	$(RUN) -m nox --session tests_uncapped -- $(PYTEST_ARGS)
 
 benchmarks: $(STAMP)  ## measure time, memory, traffic and batch norm
 	@mkdir -p $(RESULTS)

@@ -1,4 +1,4 @@
-"""The test suite on the newest and on the oldest supported TensorFlow and Keras."""
+"""The test suite on the newest and oldest supported TensorFlow and Keras, and on newer ones."""
 
 import shutil
 import subprocess
@@ -32,3 +32,11 @@ def tests_newest(session: nox.Session) -> None:
 @nox.session(python=_python())
 def tests_oldest(session: nox.Session) -> None:
     _tests(session, "tensorflow==2.16.*", "keras==3.8.*")
+
+
+# pip says that the newer versions are not asked for, and installs them: that is the point.
+@nox.session(python=_python())
+def tests_uncapped(session: nox.Session) -> None:
+    session.install("--editable", ".[test]")
+    session.install("--upgrade", "tensorflow", "keras")
+    session.run("python", "-m", "pytest", *session.posargs)
