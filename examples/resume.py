@@ -139,7 +139,7 @@ def train(way, saved_with, folder, args, connection):
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(fit_batch_size(way, args))
     progress = Progress(connection)
     connection.send(("first_weights", model.get_weights()))
-    if saved_with == "BackupAndRestore":
+    if saved_with == SAVED_WITH[0]:
         fit_with_backups(model, dataset, args.epochs, folder, progress)
     else:
         loop_with_checkpoints(model, dataset, args.epochs, folder, args.save_every, progress)
