@@ -4,7 +4,7 @@
 
 trains a net on handwritten digits with either wrapper, undisturbed and killed (SIGKILL, as by a
 scheduler or for want of memory) at random moments. Each time it is started again and goes on at
-its last saved point. Two ways to save: `fit` with Keras's `BackupAndRestore`, at the ends of
+its last saved point. Two ways to save: `fit` with `AtomicBackupAndRestore`, at the ends of
 epochs, and a loop of one's own with a `tf.train.Checkpoint`, every few batches. Both save in the
 middle of a cycle, too.
 """
@@ -22,14 +22,18 @@ import keras
 import tensorflow as tf
 
 from examples import digits
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from gradient_accumulator_tf import (
+    AtomicBackupAndRestore,
+    GradientAccumulateModel,
+    GradientAccumulateOptimizer,
+)
 
 WAYS = (
     "GradientAccumulateOptimizer",
     "GradientAccumulateModel(accum_steps=)",
     "GradientAccumulateModel(micro_batch_size=)",
 )
-SAVED_WITH = ("BackupAndRestore", "tf.train.Checkpoint")
+SAVED_WITH = ("AtomicBackupAndRestore", "tf.train.Checkpoint")
 
 
 class Progress(keras.callbacks.Callback):
@@ -50,21 +54,9 @@ class Progress(keras.callbacks.Callback):
         self.connection.recv()
 
 
-class Backup(keras.callbacks.BackupAndRestore):
-    """Keras's, under a lock while it writes: its two files are not written as one."""
-
-    def __init__(self, folder, lock):
-        super().__init__(folder)
-        self.lock = lock
-
-    def on_epoch_end(self, epoch, logs=None):
-        with self.lock:
-            super().on_epoch_end(epoch, logs)
-
-
-def fit_with_backups(model, dataset, epochs, folder, lock, progress):
+def fit_with_backups(model, dataset, epochs, folder, progress):
     """Goes on with, or begins, a `fit` that saves at the ends of epochs."""
-    callbacks = [] if folder is None else [Backup(folder, lock)]
+    callbacks = [] if folder is None else [AtomicBackupAndRestore(folder)]
     model.fit(dataset, epochs=epochs, verbose=0, shuffle=False, callbacks=[*callbacks, progress])
 
 
@@ -131,7 +123,7 @@ def training_data(args):
     return digits.load_data(args.examples)[0]
 
 
-def train(way, saved_with, folder, args, connection, lock):
+def train(way, saved_with, folder, args, connection):
     """One life of a training: from what is saved in `folder` to its end, or until it is killed.
 
     It sends what it goes on from, each batch, and at the end its weights.
@@ -142,14 +134,13 @@ def train(way, saved_with, folder, args, connection, lock):
         folder: Where to save, or None to save nothing.
         args: What `parse` returns.
         connection: The pipe to the parent.
-        lock: What the parent holds when it kills.
     """
     model, data = compile_for(way, args), training_data(args)
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(fit_batch_size(way, args))
     progress = Progress(connection)
     connection.send(("first_weights", model.get_weights()))
-    if saved_with == "BackupAndRestore":
-        fit_with_backups(model, dataset, args.epochs, folder, lock, progress)
+    if saved_with == SAVED_WITH[0]:
+        fit_with_backups(model, dataset, args.epochs, folder, progress)
     else:
         loop_with_checkpoints(model, dataset, args.epochs, folder, args.save_every, progress)
     connection.send(("weights", model.get_weights()))
@@ -168,8 +159,8 @@ def live(*what, kill_after=None, delay=0.0):
         micro-step that it went on from; and "weights", None if it was killed.
     """
     context = process_context()
-    lock, (connection, childs_end) = context.Lock(), context.Pipe()
-    process = context.Process(target=train, args=(*what, childs_end, lock), daemon=True)
+    connection, childs_end = context.Pipe()
+    process = context.Process(target=train, args=(*what, childs_end), daemon=True)
     process.start()
     childs_end.close()
     result, batches = {"weights": None}, 0
@@ -183,8 +174,7 @@ def live(*what, kill_after=None, delay=0.0):
             connection.send("go on")
             if batches == kill_after:
                 time.sleep(delay)
-                with lock:
-                    process.kill()
+                process.kill()
                 break
     except EOFError:
         raise RuntimeError(f"The training failed after {batches} batches.") from None

@@ -4,6 +4,7 @@ from gradient_accumulator_tf._compat import check_installation as _check_install
 
 _check_installation()
 
+from gradient_accumulator_tf.backup import AtomicBackupAndRestore  # noqa: E402
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm  # noqa: E402
 from gradient_accumulator_tf.callbacks import ThroughputLogger  # noqa: E402
 from gradient_accumulator_tf.equivalence import check_equivalence  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "AccumBatchNorm",
     "AccumStepsSchedule",
     "AdaptiveGradientClipping",
+    "AtomicBackupAndRestore",
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "GradientCheckpoint",

@@ -5,7 +5,9 @@ test for each that fails when Keras has changed underneath it or when the entry 
 """
 
 import contextlib
+import copy
 import functools
+import inspect
 import os
 from typing import Any, NamedTuple
 
@@ -161,6 +163,44 @@ def set_keras_mask(tensor, mask):
     if mask is not None:
         backend.set_keras_mask(tensor, mask)
     return tensor
+
+
+def adopt_call_arguments(layer, other):
+    """Lets Keras read what `layer` is called with as it does for `other`.
+
+    For a layer whose `call(*args, training=None, **kwargs)` hands all on to `other`. Keras looks in
+    `Layer._call_signature` for tensors and for the masks that belong to them, and takes `**kwargs`
+    for one argument, in which tensors and Python values may not be mixed. `_call_has_mask_arg` is
+    what containers ask, `_convert_input_args` and `_allow_non_tensor_positional_args` are for
+    models and preprocessing layers (all Keras 3.8 to 3.15).
+    """
+    signature = other._call_signature
+    parameters = dict(signature.parameters)
+    if "training" not in parameters:
+        own = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)
+        last = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        rest = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        signature = signature.replace(parameters=[*rest, own, *last])
+    layer._call_signature = signature
+    layer._call_has_mask_arg = other._call_has_mask_arg
+    layer._convert_input_args = other._convert_input_args
+    layer._allow_non_tensor_positional_args = other._allow_non_tensor_positional_args
+
+
+def outside_graph(tensor):
+    """A symbolic tensor like one of a functional graph, and in none; anything else as it is.
+
+    `KerasTensor._keras_history` and `_keras_mask` (Keras 3.8 to 3.15): a layer that is called with
+    the tensor becomes a part of that graph, and one that is called with the mask as well.
+    """
+    import keras
+
+    if not isinstance(tensor, keras.KerasTensor):
+        return tensor
+    alone = copy.copy(tensor)
+    for name in ("_keras_history", "_keras_mask"):
+        vars(alone).pop(name, None)
+    return alone
 
 
 def compiles_with_xla():
@@ -425,6 +465,58 @@ def is_functional(model):
     from keras.src.models.functional import Functional
 
     return isinstance(model, (Functional, keras.Sequential))
+
+
+def use_backup_folder(callback, folder):
+    """Lets a BackupAndRestore read and write its two files in another folder.
+
+    `BackupAndRestore._weights_path` and `_training_metadata_path`, and those of the copies that it
+    makes (Keras 3.8 to 3.15). Its `backup_dir`, which it deletes at the end, stays.
+    """
+    for name in ("weights_path", "training_metadata_path"):
+        path = os.path.join(folder, os.path.basename(getattr(callback, f"_{name}")))
+        setattr(callback, f"_{name}", path)
+        setattr(callback, f"_prev_{name}", f"{path}.bkp")
+
+
+def set_backup_epoch(callback, epoch):
+    """Tells a BackupAndRestore which epoch is running.
+
+    `BackupAndRestore._current_epoch` (Keras 3.8 to 3.15) is 0 until the first epoch ends, in a
+    training that goes on with a later one too: a backup within that epoch would begin anew.
+    """
+    callback._current_epoch = epoch
+
+
+def own_attributes(model, plain):
+    """Dict of the attributes that a functional model has and a plain one has not.
+
+    Args:
+        model: A functional or Sequential model of a class of its own.
+        plain: A model of Keras's class, for what Keras itself keeps (Keras 3.8 to 3.15).
+    """
+    import keras
+
+    compiled = keras.Sequential([keras.Input((1,))])
+    compiled.compile("sgd", "mse")
+    fitted = ("history", "stop_training", "_eval_epoch_iterator")
+    kept = {*vars(plain), *vars(compiled), *fitted}
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if name not in kept and not name.startswith("_self_")
+    }
+
+
+def become(model, cls, attributes, layers):
+    """Makes a functional model one of a subclass of its class, without calling a constructor.
+
+    Past `Layer.__setattr__`, as a layer that is built takes no new ones; and with `Layer._layers`
+    (both Keras 3.8 to 3.15), whose order, that of the constructor, is the order of the weights.
+    """
+    model.__class__ = cls
+    vars(model).update(attributes)
+    model._layers[:] = layers
 
 
 def is_plain_functional(layer):

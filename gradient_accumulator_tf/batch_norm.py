@@ -11,6 +11,7 @@ from gradient_accumulator_tf._checks import check_positive_int
 from gradient_accumulator_tf.accumulator import sum_variable
 from gradient_accumulator_tf.conditional import run_on_replicas_if
 from gradient_accumulator_tf.replicas import sum_over_replicas
+from gradient_accumulator_tf.side_effects import perform
 
 
 def pooled_moments(count, first, second, shift):
@@ -181,13 +182,18 @@ class AccumBatchNorm(keras.layers.BatchNormalization):
             outputs = super().call(inputs, training=training, mask=mask)
         # What Keras would record with momentum 0 is the batch's mean and variance.
         mean, variance = map(scope.get_current_value, (self.moving_mean, self.moving_variance))
-        self._pool.add(self._elements_per_channel(inputs, mask), mean, variance)
+        count = self._elements_per_channel(inputs, mask)
+        # Once, and outside of its scope, where a GradientCheckpoint calls the layer twice.
+        perform(lambda: self._record(count, mean, variance))
+        return outputs
+
+    def _record(self, count, mean, variance):
+        self._pool.add(count, mean, variance)
         if not _leader.active:
             run_on_replicas_if(
                 lambda: tf.greater_equal(self._pool.micro_step, self.accum_steps),
                 lambda run: run(self.end_cycle),
             )
-        return outputs
 
     def end_cycle(self):
         """Updates the moving statistics with those of a cycle, if it has any; on a replica."""

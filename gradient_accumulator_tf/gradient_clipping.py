@@ -1,6 +1,8 @@
 """Adaptive gradient clipping: each unit's gradient is bounded by the norm of its weights."""
 
+import numbers
 import re
+from collections.abc import Iterable
 
 import keras
 import tensorflow as tf
@@ -93,7 +95,7 @@ class AdaptiveGradientClipping(OptimizerWrapper):
             The paper leaves out the last layer.
         unit_axes: Dict of the axes that count units by a regular expression, searched in the
             names of a variable's layer and the variable itself ("my_layer/kernel"), ahead of the
-            rules above.
+            rules above. The axes are negative integers, one or a list.
         name: Optional name.
         **kwargs: None is taken.
 
@@ -103,7 +105,8 @@ class AdaptiveGradientClipping(OptimizerWrapper):
     Raises:
         TypeError: If `optimizer` is not a Keras 3 optimizer, or an argument of another type.
         ValueError: If a number is not positive, the inner optimizer accumulates or scales losses;
-            and from `build`, if an entry of `exclude` or `unit_axes` matches no variable.
+            and from `build`, if an entry of `exclude` or `unit_axes` matches no variable, or one
+            of `unit_axes` a kernel of fewer axes.
 
     Reference:
         [Brock et al., 2021](https://arxiv.org/abs/2102.06171), High-performance large-scale image
@@ -145,7 +148,8 @@ class AdaptiveGradientClipping(OptimizerWrapper):
             variables: List of the trainable variables.
 
         Raises:
-            ValueError: If an entry of `exclude` or `unit_axes` matches none of them.
+            ValueError: If an entry of `exclude` or `unit_axes` matches none of them, or one of
+                `unit_axes` a kernel of fewer axes.
         """
         if self.built:
             return
@@ -159,6 +163,8 @@ class AdaptiveGradientClipping(OptimizerWrapper):
                         f"Each entry of `{argument}` must match the path of a trainable variable. "
                         f"Received: {pattern!r}, for the paths {', '.join(paths)}."
                     )
+        for variable, path in zip(variables, paths, strict=True):
+            self._check_unit_axes(len(variable.shape), path)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         self._trainable_variables = variables
@@ -212,11 +218,20 @@ class AdaptiveGradientClipping(OptimizerWrapper):
         return tf.cast(clipped, gradient.dtype)
 
     def _axes_of_units(self, path):
-        own = "/".join(path.split("/")[-2:])
-        for pattern, axes in [*self._unit_axes.items(), *UNIT_AXES.items()]:
-            if re.search(pattern, own):
-                return axes
-        return (-1,)
+        rules = {**UNIT_AXES, **self._unit_axes}
+        return rules.get(_matching([*self._unit_axes, *UNIT_AXES], path), (-1,))
+
+    def _check_unit_axes(self, rank, path):
+        """Raises ValueError where a kernel has not the axes that the user names for it."""
+        pattern = _matching(self._unit_axes, path)
+        axes = self._unit_axes.get(pattern, ())
+        # A bias is one unit, whatever the pattern that it also matches is for.
+        if rank > 1 and any(axis < -rank for axis in axes):
+            raise ValueError(
+                "`unit_axes` must name axes that the variable has. Received: "
+                f"{axes!r} for {pattern!r}, which matches {path!r} of rank {rank}. Pass axes from "
+                f"{-rank} to -1, or an expression that does not match it."
+            )
 
     def save_own_variables(self, store):
         """Writes the inner optimizer's state as it would itself."""
@@ -235,6 +250,12 @@ class AdaptiveGradientClipping(OptimizerWrapper):
             "exclude": list(self._exclude),
             "unit_axes": {pattern: list(axes) for pattern, axes in self._unit_axes.items()},
         }
+
+
+def _matching(patterns, path):
+    """The first expression that is found in the names of a variable's layer and its own."""
+    own = "/".join(path.split("/")[-2:])
+    return next((pattern for pattern in patterns if re.search(pattern, own)), None)
 
 
 def _path(variable):
@@ -277,8 +298,13 @@ def _checked_unit_axes(unit_axes):
         raise TypeError(f"{rule} Received: unit_axes={unit_axes!r}. {example}")
     checked = {}
     for pattern, axes in unit_axes.items():
-        axes = (axes,) if isinstance(axes, int) else tuple(axes)
-        if not axes or any(not isinstance(axis, int) or axis >= 0 for axis in axes):
+        if not isinstance(pattern, str):
+            raise TypeError(f"{rule} Received: {pattern!r} as an expression. {example}")
+        given = list(axes) if isinstance(axes, Iterable) and not isinstance(axes, str) else [axes]
+        whole = [isinstance(axis, numbers.Integral) and type(axis) is not bool for axis in given]
+        if not all(whole):
+            raise TypeError(f"{rule} Received: {axes!r} for {pattern!r}. {example}")
+        if not whole or any(axis >= 0 for axis in given):
             raise ValueError(f"{rule} Received: {axes!r} for {pattern!r}. {example}")
-        checked[_checked_pattern("unit_axes", pattern)] = axes
+        checked[_checked_pattern("unit_axes", pattern)] = tuple(map(int, given))
     return checked

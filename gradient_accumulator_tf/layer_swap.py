@@ -66,7 +66,9 @@ def swap_batch_norm(model, to="accum", accum_steps=None):
     - For a functional or Sequential model, a new model of the same class with the same layer
       names, outputs and weights, made by `keras.models.clone_model`. The model given stays as it
       is. Models in it are treated alike, what is shared stays shared, and other layers are copied
-      through their `get_config`.
+      through their `get_config`. If its class has a constructor of its own (KerasHub's do), that
+      is not called: the new model gets the old one's attributes, with the new layers and tensors
+      in them. The class still constructs batch norm: see the next point for saving.
     - For a subclassed model, that model: only its class knows how to construct it, so layers are
       replaced in place, in its attributes and in lists, tuples and dicts there, and in its
       sublayers. The order of layers and weights stays. Functional models in it are replaced.
@@ -92,8 +94,8 @@ def swap_batch_norm(model, to="accum", accum_steps=None):
         ValueError: If `to` is none of these, if `accum_steps` is smaller than 1 or not for
             "accum", if "group" or "instance" meets a layer that is not built, or one on vectors
             (after Dense), where a group has one value or few; if a layer cannot be reached
-            in a subclassed model's attributes, or a functional model's class has a constructor of
-            its own.
+            in a subclassed model's attributes, or if a functional model whose class has a
+            constructor of its own holds variables outside of layers.
 
     References:
         - Wu and He 2018, Group Normalization, https://arxiv.org/abs/1803.08494
@@ -218,26 +220,67 @@ class _Swap:
                 pairs.append((layer, self.stand_ins[layer]))
             return self.stand_ins[layer]
 
-        with as_uncompiled(model):
-            if isinstance(model, keras.Sequential):
-                clone = keras.models.clone_model(model, clone_function=stand_in)
-            else:
-                clone = keras.models.clone_model(
-                    model,
-                    input_tensors=_new_inputs(model),
-                    clone_function=stand_in,
-                    call_function=_call,
-                )
+        clone = _cloned(model, stand_in)
         if type(clone) is not type(model):
-            raise ValueError(
-                "A functional model's class must take the constructor arguments of `keras.Model`, "
-                f"and a Sequential's be `keras.Sequential`. Received: {type(model).__name__} "
-                f"(the model {model.name!r}). Call swap_batch_norm in its constructor, on a plain "
-                "model, or pass keras.Model(model.inputs, model.outputs)."
-            )
+            clone = self._as_the_class_of(model, clone, stand_in)
         self.stand_ins[model] = clone
         pairs.append((model, clone))
         return clone
+
+    def _as_the_class_of(self, model, clone, stand_in):
+        """The clone of a model whose class has a constructor of its own, with its attributes.
+
+        Keras cannot call that constructor, and it would make the old layers. What it has left is
+        the graph and the attributes, so these are what the new model is made of.
+        """
+        attributes = _compat.own_attributes(model, clone)
+        tensors = [t for t in keras.tree.flatten(attributes) if isinstance(t, keras.KerasTensor)]
+        new_tensors = {}
+        if tensors:
+            # The copies of tensors come with a graph that returns them as well.
+            whole = _cloned(keras.Model(model.input, [model.output, tensors]), stand_in)
+            output, copies = whole.output
+            new_tensors = dict(zip(map(id, tensors), copies, strict=True))
+            clone = keras.Model(whole.input, output, name=model.name)
+
+        def carried(value, name):
+            if isinstance(value, keras.KerasTensor):
+                return new_tensors[id(value)]
+            if isinstance(value, keras.Layer):
+                return stand_in(value) if value.variables else value
+            if isinstance(value, dict):
+                return {key: carried(item, name) for key, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                items = [carried(item, name) for item in value]
+                kind = list if isinstance(value, list) else value.__class__
+                return kind(*items) if hasattr(value, "_fields") else kind(items)
+            if isinstance(value, (keras.Variable, keras.Metric, keras.random.SeedGenerator)):
+                raise ValueError(
+                    "A functional model of a class with a constructor of its own must hold its "
+                    f"variables in layers. Received: {type(model).__name__} (the model "
+                    f"{model.name!r}) with {type(value).__name__} in its attribute {name!r}. Pass "
+                    "keras.Model(model.inputs, model.outputs)."
+                )
+            return value
+
+        new_attributes = {name: carried(value, name) for name, value in attributes.items()}
+        clone.dtype_policy = model.dtype_policy
+        new_layers = carried(_compat.sublayers(model), "layers")
+        _compat.become(clone, type(model), new_attributes, new_layers)
+        return clone
+
+
+def _cloned(model, stand_in):
+    """A functional or Sequential model like `model`, of the layers that `stand_in` returns."""
+    with as_uncompiled(model):
+        if isinstance(model, keras.Sequential):
+            return keras.models.clone_model(model, clone_function=stand_in)
+        return keras.models.clone_model(
+            model,
+            input_tensors=_new_inputs(model),
+            clone_function=stand_in,
+            call_function=_call,
+        )
 
 
 def _check_target(to):

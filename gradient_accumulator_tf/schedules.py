@@ -88,8 +88,18 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
             "`accum_steps` as a dict must map the first update (integer >= 0) of each phase to its "
             "steps (integer >= 1)"
         )
-        if isinstance(steps, (list, tuple)):
-            steps = dict(steps)  # as in the config, since JSON has no integers for keys
+        pairs = isinstance(steps, (list, tuple)) and all(
+            isinstance(phase, (list, tuple)) and len(phase) == 2 for phase in steps
+        )
+        if pairs:
+            updates = [phase[0] for phase in steps]
+            if any(updates.count(update) > 1 for update in updates):
+                raise ValueError(
+                    f"{rule}, each update once. Received: {steps!r}. Pass for example "
+                    "{0: 1, 1000: 8}."
+                )
+            # As in the config, since JSON has no integers for keys.
+            steps = {_hashable(update): number for update, number in steps}
         if not isinstance(steps, Mapping):
             raise TypeError(f"{rule}. Received: {steps!r}. Pass for example {{0: 1, 1000: 8}}.")
         for update in steps:
@@ -120,6 +130,10 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
     def get_config(self):
         """The phases, as pairs."""
         return {"steps": [list(phase) for phase in self.steps.items()]}
+
+
+def _hashable(update):
+    return tuple(update) if isinstance(update, list) else update
 
 
 def check_accum_steps(value, meaning):

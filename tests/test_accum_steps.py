@@ -359,6 +359,23 @@ def test_a_schedule_in_a_dict_survives_json():
     assert clone.accum_steps.steps == clone.optimizer.accum_steps.steps == STEPS
 
 
+@pytest.mark.parametrize(
+    "steps, error, message",
+    [
+        ([1, 2], TypeError, r"Received: \[1, 2\]\. Pass for example \{0: 1"),
+        ([(0, 1, 2)], TypeError, r"Received: \[\(0, 1, 2\)\]"),
+        ("ab", TypeError, "Received: 'ab'"),
+        ([[[0], 1]], TypeError, r"the update \(0,\) \(of type tuple\)"),
+        ([[0, 1], [0, 2]], ValueError, r"each update once\. Received: \[\[0, 1\], \[0, 2\]\]"),
+    ],
+    ids=str,
+)
+def test_bad_phases(steps, error, message):
+    with pytest.raises(error, match=message):
+        PiecewiseConstantSteps(steps)
+    assert PiecewiseConstantSteps([[0, 1], [5, 2]]).steps == {0: 1, 5: 2}
+
+
 def test_an_optimizer_with_the_same_schedule_is_used_as_it_is():
     model = GradientAccumulateModel(model=dense_model(), accum_steps=STEPS)
     optimizer = GradientAccumulateOptimizer("sgd", dict(STEPS))

@@ -1,6 +1,7 @@
 """Each private Keras name that `_compat` uses is still there, and still needed."""
 
 import inspect
+import os
 
 import keras
 import numpy as np
@@ -229,3 +230,73 @@ def test_an_optimizer_rebuilt_for_other_variables():
     assert copy._use_weight_decay(a.value)
     copy.apply([tf.constant(1.0), tf.constant(0.0)], [c, b])
     assert (float(c), float(b)) == (1.0, -2.0)
+
+
+class HandsOn(keras.layers.Wrapper):
+    def call(self, *args, training=None, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+def test_arguments_of_a_call_are_read_as_those_of_another_layer():
+    x = tf.ones((2, 3, 4))
+    wrapper = HandsOn(keras.layers.MultiHeadAttention(1, 2))
+    wrapper.layer.build(x.shape, x.shape)
+    mixed = {"attention_mask": tf.ones((2, 3, 3)), "use_causal_mask": True}
+    with pytest.raises(ValueError, match="cannot mix tensors and non-tensors"):
+        wrapper(x, x, **mixed)  # when this does not fail, the signature may stay as it is
+    _compat.adopt_call_arguments(wrapper, wrapper.layer)
+    assert wrapper(x, x, **mixed).shape == x.shape
+    assert _compat.call_has_training_argument(wrapper)
+    # For a layer that takes no `training`, and for one that takes what is no tensor.
+    wrapper = HandsOn(keras.layers.Flatten())
+    _compat.adopt_call_arguments(wrapper, wrapper.layer)
+    assert wrapper(x, training=True).shape == (2, 12)
+
+
+def test_a_symbolic_tensor_outside_of_its_graph():
+    x = keras.Input((3,))
+    layer = keras.layers.Dense(2)
+    y = layer(_compat.outside_graph(x))
+    assert y.shape == (None, 2)
+    with pytest.raises(ValueError, match=r"(?i)connected"):
+        keras.Model(x, y)
+    assert not hasattr(_compat.outside_graph(keras.layers.Masking()(x)), "_keras_mask")
+    assert _compat.outside_graph(3) == 3
+
+
+def test_backups_in_another_folder(tmp_path):
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "a", double_checkpoint=True)
+    keys = set(vars(backup))
+    _compat.use_backup_folder(backup, tmp_path)
+    _compat.set_backup_epoch(backup, 3)
+    assert set(vars(backup)) == keys  # no new names
+    model = dense_model()
+    model.compile("sgd", "mse")
+    backup.set_model(model)
+    backup._save_model()
+    backup._save_model()
+    files = ("latest.weights.h5", "training_metadata.json")
+    assert {f"{name}{end}" for name in files for end in ("", ".bkp")} < set(os.listdir(tmp_path))
+    assert '"epoch": 3' in (tmp_path / files[1]).read_text()
+
+
+def test_a_functional_model_becomes_one_of_a_subclass():
+    class Own(keras.Model):
+        def __init__(self, units):
+            inputs = keras.Input((3,))
+            self.dense, self.units = keras.layers.Dense(units, use_bias=False, name="first"), units
+            super().__init__(inputs, self.dense(keras.layers.Dense(4, name="hidden")(inputs)))
+
+    old = Own(2)
+    old.compile("sgd", "mse")
+    old.fit(np.ones((2, 3)), np.ones((2, 2)), verbose=0)
+    plain = keras.Model(old.inputs, old.outputs)
+    attributes = _compat.own_attributes(old, plain)
+    assert attributes == {"dense": old.dense, "units": 2}
+    assert plain.layers == old.layers
+    assert [v.path for v in plain.weights] == ["hidden/kernel", "hidden/bias", "first/kernel"]
+    _compat.become(plain, Own, attributes, _compat.sublayers(old))
+    assert [v.path for v in plain.weights] == [v.path for v in old.weights]
+    assert type(plain) is Own and plain.units == 2 and plain.layers[-1] is plain.dense
+    # When Keras makes a clone of the class, this can go.
+    assert type(keras.models.clone_model(plain)) is not Own

@@ -389,7 +389,12 @@ def test_callbacks_see_the_inner_optimizers_learning_rate():
         ({"exclude": [3]}, TypeError, r"Received: 3 \(of type int\)"),
         ({"exclude": ["("]}, ValueError, "Received: '[(]', where .*re.escape"),
         ({"unit_axes": ["kernel"]}, TypeError, r"unit_axes=\['kernel'\]"),
-        ({"unit_axes": {"kernel": 1}}, ValueError, r"\(1,\) for 'kernel'"),
+        ({"unit_axes": {"kernel": 1}}, ValueError, "Received: 1 for 'kernel'"),
+        ({"unit_axes": {"kernel": []}}, ValueError, r"Received: \[\] for 'kernel'"),
+        ({"unit_axes": {"kernel": None}}, TypeError, "Received: None for 'kernel'"),
+        ({"unit_axes": {"kernel": "-1"}}, TypeError, "Received: '-1' for 'kernel'"),
+        ({"unit_axes": {"kernel": [-1, -1.0]}}, TypeError, r"Received: \[-1, -1.0\] for"),
+        ({"unit_axes": {3: -1}}, TypeError, "Received: 3 as an expression"),
         ({"clipnorm": 1.0}, ValueError, r"clipnorm=1.0\. Pass them to the inner optimizer"),
     ],
     ids=str,
@@ -416,6 +421,19 @@ def test_a_pattern_that_matches_nothing_is_told_at_build(argument):
     optimizer = AdaptiveGradientClipping("sgd", **argument)
     with pytest.raises(ValueError, match=r"'biass', for the paths .*/hidden/kernel, "):
         optimizer.build(_named_model().trainable_variables)
+
+
+def test_axes_that_a_kernel_has_not_are_told_at_build():
+    variables = _named_model().trainable_variables
+    rank = next(len(v.shape) for v in variables if "hidden/kernel" in v.path)
+    # The bias that the expression finds as well is one unit anyway.
+    AdaptiveGradientClipping("sgd", unit_axes={"hidden": -rank}).build(variables)
+    optimizer = AdaptiveGradientClipping("sgd", unit_axes={"hidden": [-1, -9]})
+    message = (
+        rf"Received: \(-1, -9\) for 'hidden', .*hidden/kernel' of rank {rank}. Pass .* -{rank}"
+    )
+    with pytest.raises(ValueError, match=message):
+        optimizer.build(variables)
 
 
 def test_gradients_alone_before_build():

@@ -6,6 +6,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import GradientAccumulateModel, _compat
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm
 from gradient_accumulator_tf.layer_swap import swap_batch_norm
+from tests.oracle import regression_data
 
 layers = keras.layers
 BATCH_NORMS = {layers.BatchNormalization}
@@ -635,17 +636,90 @@ def test_groups_need_a_built_layer():
 
 
 @keras.saving.register_keras_serializable(package="tests")
-class OwnConstructor(keras.Model):
-    def __init__(self, size):
-        inputs = keras.Input((size, size, 3))
+class Backbone(keras.Model):
+    """A functional model with a constructor of its own, which keeps layers and tensors."""
+
+    def __init__(self, units, **kwargs):
+        inputs = keras.Input((8,))
+        self.norm = layers.BatchNormalization(name="norm")
+        x = self.norm(layers.Dense(units, name="hidden")(inputs))
+        outputs = layers.BatchNormalization(name="last")(layers.Dense(4, "tanh", name="top")(x))
+        super().__init__(inputs, outputs, **kwargs)
+        self.units, self.levels = units, {"P1": [x]}
+
+    def get_config(self):
+        return {"units": self.units, "name": self.name}
+
+
+class Task(keras.Model):
+    """One around it, with a preprocessor that is in no graph, and a step of its own."""
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        self.backbone, self.preprocessor = backbone, preprocessor
+        self.head = layers.Dense(1, name="head")
+        super().__init__(backbone.input, self.head(backbone(backbone.input)), **kwargs)
+        self.compile("sgd", "mse")
+
+    def build(self, input_shape=None):
+        self.built = True
+
+    def get_config(self):
+        return {"backbone": self.backbone, "preprocessor": self.preprocessor}
+
+    def predict_step(self, data):
+        return super().predict_step(self.preprocessor(data))
+
+
+def test_functional_classes_with_constructors_of_their_own():
+    keras.utils.set_random_seed(1)
+    model = Task(Backbone(6, name="backbone"), layers.Rescaling(0.1), name="task")
+    x, y, _ = regression_data(12, 8)
+    model.fit(x, y, verbose=0)
+    before = model.predict(x, verbose=0)
+    new = swap_batch_norm(model, accum_steps=3)
+    assert type(new) is Task and not new.compiled and new.name == "task"
+    assert isinstance(model.backbone.norm, keras.layers.BatchNormalization)
+    # Attributes are the new graph's, and what is in no graph is at hand.
+    backbone = new.backbone
+    assert type(backbone) is Backbone and backbone in new.layers and backbone.units == 6
+    assert new.head in new.layers and new.preprocessor is model.preprocessor
+    assert backbone.norm is backbone.get_layer("norm") and type(backbone.norm) is AccumBatchNorm
+    features = keras.Model(backbone.inputs, backbone.levels["P1"][0])
+    assert features.layers[-1] is backbone.norm
+    assert [v.path for v in new.weights] == [v.path for v in model.weights]
+    np.testing.assert_array_equal(new.predict(x, verbose=0), before)
+    # It trains, and the old one does not with it.
+    new.compile("sgd", "mse")
+    new.fit(x, y, verbose=0)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    assert np.abs(new.predict(x, verbose=0) - before).max() > 1e-3
+    again = swap_batch_norm(new, to="batch")
+    np.testing.assert_array_equal(again.predict(x, verbose=0), new.predict(x, verbose=0))
+
+
+def test_the_weights_of_such_a_model_are_saved(tmp_path):
+    x, _, _ = regression_data(12, 8)
+    made = [swap_batch_norm(Task(Backbone(6), layers.Rescaling(0.1))) for _ in range(2)]
+    assert np.abs(made[0].predict(x, verbose=0) - made[1].predict(x, verbose=0)).max() > 1e-3
+    made[0].save_weights(tmp_path / "model.weights.h5")
+    made[1].load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(*(m.predict(x, verbose=0) for m in made))
+
+
+class HoldsVariable(keras.Model):
+    def __init__(self, units):
+        inputs = keras.Input((units,))
         super().__init__(inputs, layers.BatchNormalization()(inputs), name="net")
+        self.scales = [keras.Variable(1.0)]
 
 
-def test_a_functional_class_with_another_constructor_is_refused():
-    model = OwnConstructor(8)
-    with pytest.raises(ValueError, match=r"Received: OwnConstructor \(the model 'net'\)"):
+def test_such_a_model_with_variables_outside_of_layers_is_refused():
+    model = HoldsVariable(8)
+    with pytest.raises(ValueError, match=r"HoldsVariable \(the model 'net'\).* attribute 'scales'"):
         swap_batch_norm(model)
-    swap_batch_norm(keras.Model(model.inputs, model.outputs))
+    # The advice works.
+    swapped = swap_batch_norm(keras.Model(model.inputs, model.outputs))
+    assert isinstance(swapped.layers[-1], AccumBatchNorm)
 
 
 def test_a_layer_whose_copy_differs_is_refused():

@@ -118,7 +118,7 @@ def test_keras_alone_does_not_save_random_numbers(tmp_path):
 
 
 def test_keras_backups_do_not_survive_a_kill_between_their_two_files(tmp_path, monkeypatch):
-    # When this fails, docs/resume.md need not say so, and the example needs no lock.
+    # When this fails, docs/resume.md need not say so, and AtomicBackupAndRestore may go.
     def fit():
         model = dense_model()
         model.compile("sgd", "mse")
