@@ -23,6 +23,8 @@ from gradient_accumulator_tf.gradient_sums import (
 from gradient_accumulator_tf.graph_cuts import has_batch_statistics
 from gradient_accumulator_tf.loss_weights import (
     LossRecorder,
+    check_micro_batch_weight,
+    check_total_loss,
     contributions,
     denominators,
     loss_from_sums,
@@ -357,9 +359,10 @@ class GradientAccumulateModel(ModelWrapper):
             _compat.build_for_training(self, data)
         self._check_layers()
         self._plan_exact_batch_norm()
-        if self.micro_batch_size is None:
-            return self._train_across_steps(data)
-        return self._train_within_step(data)
+        with _compat.activity_regularizers_by_rank(self):
+            if self.micro_batch_size is None:
+                return self._train_across_steps(data)
+            return self._train_within_step(data)
 
     def micro_batch_weight(self, x, y, sample_weight):
         """What a micro-batch counts for where no compiled loss tells; to be overridden.
@@ -390,14 +393,14 @@ class GradientAccumulateModel(ModelWrapper):
             optimizer = self._accumulating_optimizer
             optimizer.lead(self._batch_norms)
             optimizer.apply_contributions(step.groups, self.trainable_weights)
-        weight = step.weight
-        if len(step.terms) == 1 and step.terms[0].denominator is not None:
-            weight = step.terms[0].denominator
+        weight, compiled = step.weight, [t for t in step.terms if t.compiled]
+        if len(compiled) == 1 and compiled[0].denominator is not None:
+            weight = compiled[0].denominator
         # Keras divides losses by the number of replicas, and logs them undivided.
         replicas = number_of_replicas()
         values = [
             (replicas * t.value, step.weight if t.denominator is None else t.denominator)
-            for t in step.terms
+            for t in compiled
         ]
         return self._with_loss(step.logs, (replicas * step.loss, weight), values)
 
@@ -530,12 +533,15 @@ class GradientAccumulateModel(ModelWrapper):
         x, y, sample_weight = data
         drops = self.non_finite != PROPAGATE
         with tf.GradientTape(persistent=True) as tape, led(finite_only=drops):
+            _compat.clear_added_losses(self)
             y_pred = predict(tape)
-            recorder = LossRecorder(tape, same_shapes=within_step)
-            with _compat.replaced_losses(self, recorder.replace):
+            recorder = LossRecorder(tape, within_step, batch_size(data))
+            with recorder.recording(self):
                 loss = _compat.compute_loss(self, x, y, y_pred, sample_weight)
+            loss = check_total_loss(loss)
         terms = with_coefficients(recorder.terms, tape, loss)
-        weight, share = self.micro_batch_weight(x, y, sample_weight), None
+        weight = check_micro_batch_weight(self.micro_batch_weight(x, y, sample_weight))
+        share = None
         if weight is None:
             weight = batch_size(data)
             share = None if total is None else tf.cast(weight, total.dtype) / total
