@@ -169,9 +169,9 @@ def clear_added_losses(model):
 def activity_regularizers_by_rank(model):
     """Within this context an activity regulariser's loss tells by its rank how it counts.
 
-    Keras 3.14 and 3.15 divide it by the number of examples: a mean, so a scalar here. Keras 3.8
-    to 3.13 do not: a sum over the examples, which has one dimension here, as other such losses
-    do. A regulariser itself may return any rank. Each replica enters.
+    `Layer.__call__` divides it by the number of examples in Keras 3.14 and 3.15: it is a mean, and
+    a scalar here. It does not in Keras 3.8 to 3.13: it is a sum, and has one dimension here, as
+    what `add_loss` adds up. The regulariser itself may return any rank. Each replica enters.
     """
     layers = [v for v in all_layers(model) if vars(v).get("activity_regularizer") is not None]
     for layer in layers:

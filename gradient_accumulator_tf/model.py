@@ -103,7 +103,9 @@ class GradientAccumulateModel(ModelWrapper):
     The update equals that of the plain model on the effective batch, for any last batch: the loss
     of each micro-batch counts for what Keras divided it by (examples; unmasked tokens under a
     mask; the weights' sum for the reduction "mean_with_sample_weight"), and regularisers count
-    once. `add_loss` terms and a `compute_loss` of your own count for the examples. The update
+    once. A tensor that `add_loss` was given unreduced is summed, as Keras does. A scalar given to
+    `add_loss` counts as a mean over the examples, and so does what a `compute_loss` of your own
+    returns. (A scalar that is a sum: `self.add_loss(keras.ops.reshape(total, (1,)))`.) The update
     does not equal it where a layer looks across examples (BatchNormalization normalises by the
     micro-batch, unless `batch_norm="exact"`) or draws random numbers (Dropout draws others).
 
@@ -367,14 +369,17 @@ class GradientAccumulateModel(ModelWrapper):
     def micro_batch_weight(self, x, y, sample_weight):
         """What a micro-batch counts for where no compiled loss tells; to be overridden.
 
-        It is the weight of `add_loss` terms and regularisers, and of all that a `compute_loss`
-        of your own returns, if that calls none of the losses given to `compile`. Return what
-        the loss was divided by, for example the number of valid tokens:
+        It is the weight of regularisers and of scalars given to `add_loss`, and of all that a
+        `compute_loss` of your own returns, if that calls none of the losses given to `compile`.
+        Return what the loss was divided by, for example the number of valid tokens:
 
         ```python
         def micro_batch_weight(self, x, y, sample_weight):
             return keras.ops.sum(keras.ops.cast(y != 0, "float32"))
         ```
+
+        A loss that is a sum was divided by nothing. Give it to `add_loss` with a dimension
+        (`self.add_loss(loss_per_example)`): it counts as a sum, whatever this returns.
 
         Args:
             x: The micro-batch's inputs.
@@ -382,7 +387,8 @@ class GradientAccumulateModel(ModelWrapper):
             sample_weight: Its weights or None.
 
         Returns:
-            Scalar tensor >= 0, or None (the default) for the number of examples.
+            Scalar >= 0, a number or a tensor of any real dtype, or None (the default) for the
+            number of examples.
         """
         return None
 
