@@ -99,7 +99,7 @@ class LossRecorder:
         self._tape = tape
         self._same_shapes = same_shapes
         static = isinstance(examples, int) or tf.executing_eagerly()
-        self._examples = int(examples) if static else None
+        self._static_examples = int(examples) if static else None
         self._compiled, self._added = [], []
 
     @property
@@ -153,13 +153,13 @@ class LossRecorder:
                 f"examples, and all else a sum over them. Received: {loss}, of an unknown shape. "
                 "Tell its shape with tf.ensure_shape."
             )
-        if shape[0] not in (None, self._examples) and shape.num_elements() != 1:
+        if shape[0] not in (None, self._static_examples) and shape.num_elements() != 1:
             warnings.warn(
                 "A loss given to `add_loss` counts as a sum over the examples if it is not a "
                 f"scalar. Received: shape {shape} for a micro-batch of "
-                f"{self._examples or 'any number of'} examples, which is not a value for each "
-                "example. If it is a mean over the examples, or does not depend on them, pass the "
-                "scalar keras.ops.sum(loss); if it is a sum, pass "
+                f"{self._static_examples or 'any number of'} examples, which is not a value for "
+                "each of them. If it is a mean over the examples, or does not depend on them, pass "
+                "the scalar keras.ops.sum(loss). If it is a sum, pass "
                 "keras.ops.reshape(keras.ops.sum(loss), (1,)), which does not warn.",
                 stacklevel=2,
             )

@@ -541,7 +541,7 @@ class GradientAccumulateModel(ModelWrapper):
         with tf.GradientTape(persistent=True) as tape, led(finite_only=drops):
             _compat.clear_added_losses(self)
             y_pred = predict(tape)
-            recorder = LossRecorder(tape, within_step, batch_size(data))
+            recorder = LossRecorder(tape, same_shapes=within_step, examples=batch_size(data))
             with recorder.recording(self):
                 loss = _compat.compute_loss(self, x, y, y_pred, sample_weight)
             loss = check_total_loss(loss)
