@@ -135,6 +135,74 @@ def replaced_losses(model, replace):
         compiled._metrics[:] = metrics
 
 
+@contextlib.contextmanager
+def replaced_added_losses(model, replace):
+    """Puts `replace(loss, value)` in place of what Keras makes of a loss given to `add_loss`.
+
+    `loss` is that tensor, of any rank but 0, and `value` the sum that Keras adds to the total.
+    Regularisers of weights are left alone, which are among `model.losses` and may have a rank too.
+    `Trainer._aggregate_additional_loss` and `Layer._get_own_losses` (Keras 3.8 to 3.15).
+    """
+    aggregate = model._aggregate_additional_loss
+
+    def replaced(loss):
+        value = aggregate(loss)
+        if loss.shape.rank == 0:
+            return value
+        added = any(loss is own for layer in all_layers(model) for own in layer._get_own_losses())
+        return replace(loss, value) if added else value
+
+    vars(model)["_aggregate_additional_loss"] = replaced
+    try:
+        yield
+    finally:
+        del vars(model)["_aggregate_additional_loss"]
+
+
+def clear_added_losses(model):
+    """Forgets what `add_loss` was given (`Layer._clear_losses`, Keras 3.8 to 3.15).
+
+    Keras does it where a model is called.
+    """
+    model._clear_losses()
+
+
+@contextlib.contextmanager
+def activity_regularizers_by_rank(model):
+    """Within this context an activity regulariser's loss tells by its rank how it counts.
+
+    `Layer.__call__` divides it by the number of examples in Keras 3.14 and 3.15: it is a mean, and
+    a scalar here. It does not in Keras 3.8 to 3.13: it is a sum, and has one dimension here, as
+    what `add_loss` adds up. The regulariser itself may return any rank. Each replica enters.
+    """
+    layers = [v for v in all_layers(model) if vars(v).get("activity_regularizer") is not None]
+    for layer in layers:
+        if not isinstance(layer.activity_regularizer, _ActivityRegularizer):
+            wrapped = _ActivityRegularizer(layer.activity_regularizer)
+            vars(layer)["activity_regularizer"] = wrapped
+        layer.activity_regularizer.entered += 1
+    try:
+        yield
+    finally:
+        for layer in layers:
+            wrapped = layer.activity_regularizer
+            wrapped.entered -= 1
+            if not wrapped.entered:
+                vars(layer)["activity_regularizer"] = wrapped.regularizer
+
+
+class _ActivityRegularizer:
+    def __init__(self, regularizer):
+        self.regularizer, self.entered = regularizer, 0
+
+    def __call__(self, outputs):
+        import keras
+
+        loss = keras.ops.sum(self.regularizer(outputs))
+        divided = _version_tuple(keras.__version__) >= (3, 14)
+        return loss if divided else keras.ops.reshape(loss, (1,))
+
+
 class _SilentMetric:
     def update_state(self, *args, **kwargs):
         pass

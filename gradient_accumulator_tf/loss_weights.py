@@ -7,13 +7,18 @@ reduction "mean_with_sample_weight". Of an effective batch in micro-batches k th
     sum_k N_k / sum_k D_k  =  sum_k D_k (N_k / D_k) / sum_k D_k,
 
 the mean of the micro-batches' losses weighted by their denominators, and so is its gradient.
-With the reduction "sum" it is `sum_k N_k`. Terms that no compiled loss is the source of
-(regularisers, `add_loss`, a `compute_loss` of the user's) count for the examples.
+With the reduction "sum" it is `sum_k N_k`, and so it is of what `add_loss` was given unreduced,
+which Keras adds up. Other terms that no compiled loss is the source of (regularisers, scalars
+given to `add_loss`, a `compute_loss` of the user's) count for the examples.
 """
 
+import contextlib
+import numbers
+import warnings
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
@@ -22,17 +27,18 @@ from gradient_accumulator_tf.replicas import number_of_replicas
 
 
 class Term(NamedTuple):
-    """One compiled loss of one micro-batch.
+    """One compiled loss of one micro-batch, or one tensor that `add_loss` was given unreduced.
 
     Attributes:
         value: Scalar, the loss as Keras computed it.
         denominator: Scalar that it was divided by; None if that is in proportion to the
             examples, or if it was not divided.
-        averaged: False for the reduction "sum".
+        averaged: False for the reduction "sum", and for `add_loss`.
         leaf: The tensor that stands for `value` in the total loss, where its gradient has to be
             taken apart from the total's; otherwise None.
         coefficient: Scalar, the derivative of the total loss by `leaf` (its loss weight); None
             without a leaf.
+        compiled: False for `add_loss`.
     """
 
     value: Any
@@ -40,6 +46,7 @@ class Term(NamedTuple):
     averaged: bool
     leaf: Any
     coefficient: Any = None
+    compiled: bool = True
 
 
 class _Ones(keras.losses.Loss):
@@ -85,14 +92,36 @@ class LossRecorder:
         tape: The `tf.GradientTape` that the loss is computed under.
         same_shapes: Whether all micro-batches of a cycle have the same shape per example, as
             slices of one batch do. Otherwise only a static shape tells it.
+        examples: int or int32 scalar, examples of the micro-batch.
     """
 
-    def __init__(self, tape, same_shapes):
+    def __init__(self, tape, same_shapes, examples):
         self._tape = tape
         self._same_shapes = same_shapes
-        self.terms = []
+        static = isinstance(examples, int) or tf.executing_eagerly()
+        self._static_examples = int(examples) if static else None
+        self._compiled, self._added = [], []
 
-    def replace(self, loss):
+    @property
+    def terms(self):
+        """List of `Term`: the compiled losses' first, in their order."""
+        return self._compiled + self._added
+
+    @contextlib.contextmanager
+    def recording(self, model):
+        """The context to call `model.compute_loss` in."""
+        with (
+            _compat.replaced_losses(model, self._replace),
+            _compat.replaced_added_losses(model, self._replace_added),
+        ):
+            yield
+
+    def _watched(self, value):
+        leaf = tf.stop_gradient(value)
+        self._tape.watch(leaf)
+        return leaf
+
+    def _replace(self, loss):
         """The function to call in place of the compiled loss `loss`."""
 
         def recorded(y_true, y_pred, sample_weight=None):
@@ -109,12 +138,34 @@ class LossRecorder:
                 divisor = denominator(loss, values, y_true, y_pred, sample_weight)
             leaf = None
             if divisor is not None or not averaged:
-                leaf = tf.stop_gradient(value)
-                self._tape.watch(leaf)
-            self.terms.append(Term(value, divisor, averaged, leaf))
+                leaf = self._watched(value)
+            self._compiled.append(Term(value, divisor, averaged, leaf))
             return value if leaf is None else leaf
 
         return recorded
+
+    def _replace_added(self, loss, value):
+        """What counts in place of `value`, the sum of the tensor that `add_loss` was given."""
+        shape = loss.shape
+        if shape.rank is None:
+            raise ValueError(
+                "A loss given to `add_loss` must have a known rank: a scalar is a mean over the "
+                f"examples, and all else a sum over them. Received: {loss}, of an unknown shape. "
+                "Tell its shape with tf.ensure_shape."
+            )
+        if shape[0] not in (None, self._static_examples) and shape.num_elements() != 1:
+            warnings.warn(
+                "A loss given to `add_loss` counts as a sum over the examples if it is not a "
+                f"scalar. Received: shape {shape} for a micro-batch of "
+                f"{self._static_examples or 'any number of'} examples, which is not a value for "
+                "each of them. If it is a mean over the examples, or does not depend on them, pass "
+                "the scalar keras.ops.sum(loss). If it is a sum, pass "
+                "keras.ops.reshape(keras.ops.sum(loss), (1,)), which does not warn.",
+                stacklevel=2,
+            )
+        leaf = self._watched(value)
+        self._added.append(Term(value, None, averaged=False, leaf=leaf, compiled=False))
+        return leaf
 
     def _in_proportion(self, loss, values, y_pred, sample_weight):
         """Whether the denominator is known to be in proportion to the examples."""
@@ -145,6 +196,56 @@ def _call_and_keep_values(loss, y_true, y_pred, sample_weight):
     finally:
         del loss.call
     return value, kept[0] if kept else None
+
+
+def check_total_loss(loss):
+    """Returns what `compute_loss` returned, if it is a scalar to be differentiated.
+
+    Raises:
+        TypeError: If it is not a tensor of floats.
+        ValueError: If it is not a scalar.
+    """
+    rule = "`compute_loss` must return a scalar tensor of floats."
+    if not isinstance(loss, tf.Tensor) or not loss.dtype.is_floating:
+        raise TypeError(
+            f"{rule} Received: {loss!r} (of type {type(loss).__name__}). Compute it with "
+            "keras.ops or tf from the predictions."
+        )
+    if loss.shape.rank is None:
+        return tf.ensure_shape(loss, ())
+    if loss.shape.rank > 0:
+        raise ValueError(
+            f"{rule} Received: a tensor of shape {loss.shape}, which an update of plain Keras "
+            "would add up. If it is to be averaged over the examples, return keras.ops.mean(loss). "
+            "If it is to be added up over them, call self.add_loss(loss) and return "
+            "super().compute_loss(x, y, y_pred, sample_weight)."
+        )
+    return loss
+
+
+def check_micro_batch_weight(weight):
+    """Returns what `micro_batch_weight` returned, if something can count for it.
+
+    Raises:
+        TypeError: If it is not None, a real number or a real tensor.
+        ValueError: If it is not a scalar, or known to be negative or not finite.
+    """
+    if weight is None:
+        return None
+    rule = "`micro_batch_weight` must return a finite scalar >= 0, or None for the examples."
+    remedy = "Return what the micro-batch's loss was divided by, such as the number of tokens."
+    try:
+        tensor = tf.convert_to_tensor(weight)
+    except (TypeError, ValueError):
+        tensor = None
+    if tensor is None or not (tensor.dtype.is_floating or tensor.dtype.is_integer):
+        raise TypeError(f"{rule} Received: {weight!r} (of type {type(weight).__name__}). {remedy}")
+    if tensor.shape.rank != 0:
+        raise ValueError(f"{rule} Received: {weight!r}, of shape {tensor.shape}. {remedy}")
+    value = tf.get_static_value(tensor)
+    if value is not None and not (value >= 0 and np.isfinite(value)):
+        raise ValueError(f"{rule} Received: {weight!r}. {remedy}")
+    return weight if isinstance(weight, numbers.Real) else tensor
 
 
 def with_coefficients(terms, tape, loss):

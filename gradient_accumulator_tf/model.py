@@ -23,6 +23,8 @@ from gradient_accumulator_tf.gradient_sums import (
 from gradient_accumulator_tf.graph_cuts import has_batch_statistics
 from gradient_accumulator_tf.loss_weights import (
     LossRecorder,
+    check_micro_batch_weight,
+    check_total_loss,
     contributions,
     denominators,
     loss_from_sums,
@@ -101,7 +103,9 @@ class GradientAccumulateModel(ModelWrapper):
     The update equals that of the plain model on the effective batch, for any last batch: the loss
     of each micro-batch counts for what Keras divided it by (examples; unmasked tokens under a
     mask; the weights' sum for the reduction "mean_with_sample_weight"), and regularisers count
-    once. `add_loss` terms and a `compute_loss` of your own count for the examples. The update
+    once. A tensor that `add_loss` was given unreduced is summed, as Keras does. A scalar given to
+    `add_loss` counts as a mean over the examples, and so does what a `compute_loss` of your own
+    returns. (A scalar that is a sum: `self.add_loss(keras.ops.reshape(total, (1,)))`.) The update
     does not equal it where a layer looks across examples (BatchNormalization normalises by the
     micro-batch, unless `batch_norm="exact"`) or draws random numbers (Dropout draws others).
 
@@ -357,21 +361,25 @@ class GradientAccumulateModel(ModelWrapper):
             _compat.build_for_training(self, data)
         self._check_layers()
         self._plan_exact_batch_norm()
-        if self.micro_batch_size is None:
-            return self._train_across_steps(data)
-        return self._train_within_step(data)
+        with _compat.activity_regularizers_by_rank(self):
+            if self.micro_batch_size is None:
+                return self._train_across_steps(data)
+            return self._train_within_step(data)
 
     def micro_batch_weight(self, x, y, sample_weight):
         """What a micro-batch counts for where no compiled loss tells; to be overridden.
 
-        It is the weight of `add_loss` terms and regularisers, and of all that a `compute_loss`
-        of your own returns, if that calls none of the losses given to `compile`. Return what
-        the loss was divided by, for example the number of valid tokens:
+        It is the weight of regularisers and of scalars given to `add_loss`, and of all that a
+        `compute_loss` of your own returns, if that calls none of the losses given to `compile`.
+        Return what the loss was divided by, for example the number of valid tokens:
 
         ```python
         def micro_batch_weight(self, x, y, sample_weight):
             return keras.ops.sum(keras.ops.cast(y != 0, "float32"))
         ```
+
+        A loss that is a sum was divided by nothing. Give it to `add_loss` with a dimension
+        (`self.add_loss(loss_per_example)`): it counts as a sum, whatever this returns.
 
         Args:
             x: The micro-batch's inputs.
@@ -379,7 +387,8 @@ class GradientAccumulateModel(ModelWrapper):
             sample_weight: Its weights or None.
 
         Returns:
-            Scalar tensor >= 0, or None (the default) for the number of examples.
+            Scalar >= 0, a number or a tensor of any real dtype, or None (the default) for the
+            number of examples.
         """
         return None
 
@@ -390,14 +399,14 @@ class GradientAccumulateModel(ModelWrapper):
             optimizer = self._accumulating_optimizer
             optimizer.lead(self._batch_norms)
             optimizer.apply_contributions(step.groups, self.trainable_weights)
-        weight = step.weight
-        if len(step.terms) == 1 and step.terms[0].denominator is not None:
-            weight = step.terms[0].denominator
+        weight, compiled = step.weight, [t for t in step.terms if t.compiled]
+        if len(compiled) == 1 and compiled[0].denominator is not None:
+            weight = compiled[0].denominator
         # Keras divides losses by the number of replicas, and logs them undivided.
         replicas = number_of_replicas()
         values = [
             (replicas * t.value, step.weight if t.denominator is None else t.denominator)
-            for t in step.terms
+            for t in compiled
         ]
         return self._with_loss(step.logs, (replicas * step.loss, weight), values)
 
@@ -530,12 +539,15 @@ class GradientAccumulateModel(ModelWrapper):
         x, y, sample_weight = data
         drops = self.non_finite != PROPAGATE
         with tf.GradientTape(persistent=True) as tape, led(finite_only=drops):
+            _compat.clear_added_losses(self)
             y_pred = predict(tape)
-            recorder = LossRecorder(tape, same_shapes=within_step)
-            with _compat.replaced_losses(self, recorder.replace):
+            recorder = LossRecorder(tape, same_shapes=within_step, examples=batch_size(data))
+            with recorder.recording(self):
                 loss = _compat.compute_loss(self, x, y, y_pred, sample_weight)
+            loss = check_total_loss(loss)
         terms = with_coefficients(recorder.terms, tape, loss)
-        weight, share = self.micro_batch_weight(x, y, sample_weight), None
+        weight = check_micro_batch_weight(self.micro_batch_weight(x, y, sample_weight))
+        share = None
         if weight is None:
             weight = batch_size(data)
             share = None if total is None else tf.cast(weight, total.dtype) / total

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateOptimizer, _compat
-from tests.oracle import dense_model, mirrored, regression_data
+from tests.oracle import KERAS, dense_model, mirrored, regression_data
 
 
 def _public(names):
@@ -85,6 +85,52 @@ def test_replaced_losses_are_called_and_put_back():
     assert model._compile_loss._flat_losses is before
     assert _compat.per_output_loss_metrics(model) == metrics
     assert all(float(m.total) == 0.0 for m in metrics)
+
+
+def test_replaced_added_losses_are_those_of_add_loss_that_have_a_rank():
+    class Adds(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss([tf.reduce_mean(x), tf.reduce_sum(x, 1)])
+            return x
+
+    class Absolute(keras.regularizers.Regularizer):
+        def __call__(self, weights):
+            return tf.abs(weights)
+
+    layers = [Adds(), keras.layers.Dense(1, kernel_regularizer=Absolute())]
+    model = keras.Sequential([keras.Input((5,)), *layers])
+    model.compile("sgd")
+    y_pred = model(tf.ones((4, 5)))
+    seen = []
+
+    def replace(loss, value):
+        seen.append((loss.shape, float(value)))
+        return 0.0 * value
+
+    everything = float(model.compute_loss(y_pred=y_pred))
+    with _compat.replaced_added_losses(model, replace):
+        rest = float(model.compute_loss(y_pred=y_pred))
+    assert seen == [((4,), 20.0)]
+    assert everything == pytest.approx(rest + 20.0)
+    assert float(model.compute_loss(y_pred=y_pred)) == everything
+    _compat.clear_added_losses(model)
+    assert len(model.losses) == 1  # the regulariser
+    assert not hasattr(keras.Model, "aggregate_additional_loss")  # public one day?
+
+
+def test_activity_regularizers_by_rank():
+    """Where no supported Keras adds them up, what is before 3.14 can go."""
+    layer = keras.layers.Dense(1, activity_regularizer=lambda v: 2.0 * v, kernel_initializer="ones")
+    layer(tf.ones((4, 3)))
+    assert float(tf.reduce_sum(layer.losses[0])) == (6.0 if KERAS >= (3, 14) else 24.0)
+    with _compat.activity_regularizers_by_rank(layer):
+        with _compat.activity_regularizers_by_rank(layer):  # by another replica
+            layer(tf.ones((4, 3)))
+        layer(tf.ones((4, 3)))
+    assert layer.losses[0].shape == (() if KERAS >= (3, 14) else (1,))
+    assert float(tf.reduce_sum(layer.losses[0])) == (6.0 if KERAS >= (3, 14) else 24.0)
+    assert type(layer.activity_regularizer).__name__ == "function"
+    assert _compat.OLDEST_KERAS < (3, 14)
 
 
 def test_a_mask_travels_from_the_embedding_to_the_loss():

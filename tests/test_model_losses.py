@@ -1,7 +1,5 @@
 """Every micro-batch counts for what Keras divided its loss by."""
 
-import contextlib
-
 import keras
 import numpy as np
 import pytest
@@ -249,29 +247,6 @@ def test_losses_that_layers_add_count_for_the_examples():
         tolerance=TOLERANCE,
         same_logs=WITHIN,
     )
-
-
-def test_activity_regularisers_count_as_the_version_of_keras_divides_them():
-    """Newer Keras divides them by the examples; older adds them up, as nothing can tell from here.
-
-    That is the sum of terms that `add_loss` counts for the examples: the equality must fail.
-    """
-
-    def make_model():
-        keras.utils.set_random_seed(1)
-        inputs = keras.Input((5,))
-        regularizer = keras.regularizers.L2(0.1)
-        hidden = keras.layers.Dense(8, "tanh", activity_regularizer=regularizer)(inputs)
-        return keras.Model(inputs, keras.layers.Dense(1)(hidden))
-
-    x, y, _ = regression_data(EXAMPLES, dtype="float64")
-    one, two = make_model(), make_model()
-    one(x[:1]), two(np.repeat(x[:1], 2, axis=0))
-    divided = float(one.losses[0]) == pytest.approx(float(two.losses[0]))
-    with contextlib.nullcontext() if divided else pytest.raises(AssertionError, match="differ"):
-        assert_trains_as_large_batch(
-            make_model, x, y, compile_with=lambda: mse("mean"), tolerance=TOLERANCE
-        )
 
 
 class Quartic(keras.losses.Loss):
