@@ -313,7 +313,7 @@ def replicas_agree(optimizer):
     """Within this context `optimizer` updates every replica alike, without a word between them.
 
     To be entered on each replica, with gradients that are already summed over replicas. Three
-    things that Keras 3.8 to 3.15 does then are in the way:
+    things that Keras 3.8 to 3.15 does then are in the way, the last two on a single replica too:
 
     - It sums the gradients over replicas after it clipped each replica's
       (`Optimizer._all_reduce_sum_gradients`): clipnorm=1 on two replicas lets a norm of 2 through.
@@ -324,7 +324,7 @@ def replicas_agree(optimizer):
     """
     import tensorflow as tf
 
-    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+    if not tf.distribute.has_strategy():
         yield
         return
     optimizer = innermost(optimizer)

@@ -3,7 +3,6 @@
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf.replicas import number_of_replicas
 
 
 def run_if(condition, function):
@@ -37,10 +36,11 @@ def across_replicas(action, *args):
     def run(function, args=()):
         return function(*args)
 
-    # A replica may not synchronise in a conditional; one outside the replicas may run them.
+    # A replica may not synchronise in a conditional; one outside the replicas may run them. Nor may
+    # the only replica of a strategy, whose optimizers make their merge calls all the same.
     if tf.distribute.in_cross_replica_context():
         action(tf.distribute.get_strategy().extended.call_for_each_replica, *args)
-    elif number_of_replicas() == 1 or _compat.replicas_need_no_merge_call():
+    elif not tf.distribute.has_strategy() or _compat.replicas_need_no_merge_call():
         action(run, *args)
     else:
         tf.distribute.get_replica_context().merge_call(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf.replicas import lone_replica
 
 
 def batch_size(batch):
@@ -132,7 +133,7 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
         # XLA also compiles the loop for a batch that is smaller than a micro-batch.
         return tf.minimum(micro_batch_size, examples - (0 if has_rest else turn * micro_batch_size))
 
-    step = tf.function(step, autograph=False)
+    step = tf.function(lone_replica()(step), autograph=False)
     specs = [tf.TensorSpec(k.looped.element_shape, k.rest.dtype) for k in kept]
     traced = step.get_concrete_function(slice_batch(batch, 0, size_at(0)), *specs)
     summands, keep_specs, result_specs = traced.structured_outputs

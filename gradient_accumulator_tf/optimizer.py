@@ -381,9 +381,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         if self._accumulator is None:
             (only,) = contributions
             factor = None if only.averaged else only.weight  # a mean of one is itself
-            self._apply_to_inner(
-                [g if g is None else scale_gradient(g, factor, g.dtype) for g in only.gradients]
-            )
+            gradients = [
+                g if g is None else scale_gradient(g, factor, g.dtype) for g in only.gradients
+            ]
+            # The graph of a step also runs in the call that finds the data at its end: without
+            # its gradients, the update must not count.
+            ready = tf.nest.flatten(gradients, expand_composites=True)
+            with tf.control_dependencies([t for t in ready if t is not None]):
+                self._apply_to_inner(gradients)
             return
         self._accumulator.begin(self._steps_of_next_cycle())
         dropped = None

@@ -1,5 +1,7 @@
 """Replicas of a `tf.distribute` strategy, and what they tell each other: sums, once per update."""
 
+import contextlib
+
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
@@ -8,6 +10,24 @@ from gradient_accumulator_tf import _compat
 def number_of_replicas():
     """Replicas in sync under the strategy in force; 1 without one."""
     return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+@contextlib.contextmanager
+def lone_replica():
+    """Within this context a replica that is the only one may synchronise anywhere.
+
+    A strategy's own replica context waits for the other replicas, also where there are none, and so
+    refuses layers and metrics that synchronise in a loop or conditional.
+    """
+    strategy = tf.distribute.get_strategy()
+    in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
+    if in_replica and number_of_replicas() == 1:
+        # A reduction asks where a tensor is, which a loop's body does not say by itself.
+        (device,) = strategy.extended.worker_devices
+        with tf.distribute.ReplicaContext(strategy, replica_id_in_sync_group=0), tf.device(device):
+            yield
+    else:
+        yield
 
 
 def sum_over_replicas(tensors):

@@ -34,7 +34,8 @@ def _train_in_a_function_on_each_replica(strategy):
     @tf.function
     def micro_step(x, y):
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean((model(x, training=True) - y) ** 2) / 2
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+            loss /= strategy.num_replicas_in_sync
         optimizer.apply(tape.gradient(loss, variables), variables)
 
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat(2)
@@ -49,17 +50,19 @@ def _train_in_a_function_on_each_replica(strategy):
 def main():
     large = _train(dense_model(), _optimizer(), 32)
     MirroredExtended._use_merge_call = lambda self: False
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     weights = {}
-    with strategy.scope():
-        assert tf.__internal__.distribute.strategy_supports_no_merge_call()
-        optimizer = GradientAccumulateOptimizer(_optimizer(), 4)
-        weights["optimizer"] = _train(dense_model(), optimizer, 8)
-        model = GradientAccumulateModel(model=dense_model(), accum_steps=4)
-        weights["across_steps"] = _train(model, _optimizer(), 8)
-        model = GradientAccumulateModel(model=dense_model(), micro_batch_size=4)
-        weights["within_a_step"] = _train(model, _optimizer(), 32)
-        weights["function_on_each_replica"] = _train_in_a_function_on_each_replica(strategy)
+    for devices in (["CPU:0", "CPU:1"], ["CPU:0"]):
+        strategy = tf.distribute.MirroredStrategy(devices)
+        with strategy.scope():
+            assert tf.__internal__.distribute.strategy_supports_no_merge_call()
+            optimizer = GradientAccumulateOptimizer(_optimizer(), 4)
+            found = {"optimizer": _train(dense_model(), optimizer, 8)}
+            model = GradientAccumulateModel(model=dense_model(), accum_steps=4)
+            found["across_steps"] = _train(model, _optimizer(), 8)
+            model = GradientAccumulateModel(model=dense_model(), micro_batch_size=4)
+            found["within_a_step"] = _train(model, _optimizer(), 32)
+            found["function_on_each_replica"] = _train_in_a_function_on_each_replica(strategy)
+        weights |= {f"{kind} {len(devices)}": w for kind, w in found.items()}
     print(json.dumps({kind: difference(w, large) for kind, w in weights.items()}))
 
 

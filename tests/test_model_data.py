@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from tests.oracle import (
     EFFECTIVE,
     MICRO,
@@ -117,6 +118,27 @@ def test_unknown_cardinality_makes_no_phantom_step_in_any_execution(mode, execut
         assert int(model.optimizer.iterations) == 4
         results.append(state_of(model.weights))
     assert difference(*results) == 0.0
+
+
+@unknown_length
+@pytest.mark.parametrize("way", ["optimizer", "accum_steps"])
+def test_unknown_cardinality_makes_no_phantom_update_where_nothing_accumulates(way, execution):
+    # Plain Keras makes one an epoch in a graph, which decays and overwrites weights.
+    results = []
+    for kind in (dataset, filtered, from_generator):
+        model = dense_model()
+        optimizer = keras.optimizers.AdamW(
+            0.05, weight_decay=0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3
+        )
+        if way == "optimizer":
+            optimizer = GradientAccumulateOptimizer(optimizer, accum_steps=1)
+        else:
+            model = GradientAccumulateModel(model=model, accum_steps=1)
+        model.compile(optimizer, "mse", **execution)
+        model.fit(kind(regression_data(8)[:2], 4), epochs=4, verbose=0, shuffle=False)
+        assert int(model.optimizer.iterations) == 8
+        results.append(state_of([*model.weights, *optimizer.variables]))
+    assert difference(results[1], results[0]) == difference(results[2], results[0]) == 0.0
 
 
 @pytest.mark.parametrize("mode", MODES)

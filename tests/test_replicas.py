@@ -269,5 +269,6 @@ def test_strategies_that_need_no_merge_call():
     done = subprocess.run(job, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout.splitlines()[-1])
-    assert set(differences) == {*KINDS, "function_on_each_replica"}
+    kinds = [*KINDS, "function_on_each_replica"]
+    assert set(differences) == {f"{kind} {replicas}" for kind in kinds for replicas in (1, 2)}
     assert max(differences.values()) < 1e-6
