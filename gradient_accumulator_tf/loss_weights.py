@@ -17,6 +17,7 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf.batches import checked_targets
 from gradient_accumulator_tf.gradient_sums import Contribution
 from gradient_accumulator_tf.replicas import number_of_replicas
 
@@ -85,18 +86,27 @@ class LossRecorder:
         tape: The `tf.GradientTape` that the loss is computed under.
         same_shapes: Whether all micro-batches of a cycle have the same shape per example, as
             slices of one batch do. Otherwise only a static shape tells it.
+        times_weighed: Dict of scalars by the `id` of weights: how many micro-batches these are
+            in, if it is not one.
+        examples: Examples in the micro-batch, if it is a slice of a batch.
     """
 
-    def __init__(self, tape, same_shapes):
+    def __init__(self, tape, same_shapes, times_weighed=None, examples=None):
         self._tape = tape
         self._same_shapes = same_shapes
+        self._times_weighed = times_weighed or {}
+        self._examples = examples
         self.terms = []
 
     def replace(self, loss):
         """The function to call in place of the compiled loss `loss`."""
 
         def recorded(y_true, y_pred, sample_weight=None):
+            if self._examples is not None:
+                y_true = checked_targets(y_true, y_pred, self._examples)
             value, values = _call_and_keep_values(loss, y_true, y_pred, sample_weight)
+            if value.shape == (0,):
+                value = tf.reduce_sum(value)  # of a batch without examples Keras reduces nothing
             if value.shape.rank != 0:
                 raise ValueError(
                     "A loss must be reduced to a scalar for training. Received: the loss "
@@ -107,6 +117,10 @@ class LossRecorder:
             divisor = None
             if averaged and not self._in_proportion(loss, values, y_pred, sample_weight):
                 divisor = denominator(loss, values, y_true, y_pred, sample_weight)
+                if not self._masks(values, y_pred):
+                    # The effective batch is divided once by weights that all micro-batches have.
+                    times = self._times_weighed.get(id(sample_weight), 1)
+                    value = value * tf.cast(times, value.dtype)
             leaf = None
             if divisor is not None or not averaged:
                 leaf = tf.stop_gradient(value)
@@ -116,13 +130,18 @@ class LossRecorder:
 
         return recorded
 
+    @staticmethod
+    def _masks(values, y_pred):
+        """Whether a mask takes part in what the loss is divided by."""
+        tensors = [values, *tf.nest.flatten(y_pred)]
+        return any(_compat.keras_mask(t) is not None for t in tensors)
+
     def _in_proportion(self, loss, values, y_pred, sample_weight):
         """Whether the denominator is known to be in proportion to the examples."""
         if values is None or values.shape.rank == 0:
             return True  # reduced by the user's function: the documented rule is examples
         predictions = tf.nest.flatten(y_pred)
-        masks = [_compat.keras_mask(t) for t in [values, *predictions]]
-        if any(mask is not None for mask in masks):
+        if self._masks(values, y_pred):
             return False
         if loss.reduction == "mean_with_sample_weight" and sample_weight is not None:
             return False
