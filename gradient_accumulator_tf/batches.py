@@ -138,7 +138,8 @@ class Batch:
             Float64 scalars nested like `sample_weight`; None if each is in one.
         """
         flags = self._whole[2]
-        if all(whole is False for whole in tf.nest.flatten(flags)):
+        pairs = zip(tf.nest.flatten(self.data[2]), tf.nest.flatten(flags), strict=True)
+        if all(weight is None or whole is False for weight, whole in pairs):
             return None
         times = tf.cast(-(-self.examples // micro_batch_size), tf.float64)
         times = sum_over_replicas(times) / number_of_replicas()

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel
+from gradient_accumulator_tf.batches import Batch
 from tests.oracle import (
     EFFECTIVE,
     MICRO,
@@ -159,6 +160,13 @@ def test_a_tensor_of_one_row_belongs_to_every_example(part, way):
                 )
             )
         assert difference(*results) < 1e-5
+
+
+def test_replicas_say_nothing_more_where_no_weights_are_for_all():
+    ones = tf.ones((EFFECTIVE, 1))
+    for weights, is_told in ((None, False), (ones[:, 0], False), (tf.ones(()), True)):
+        batch = Batch.of((ones, ones, weights))
+        assert (batch.times_weighed(MICRO) is not None) == is_told
 
 
 def test_a_weight_of_one_row_under_a_mask_and_a_weight_for_each_example():
