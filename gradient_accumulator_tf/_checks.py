@@ -50,6 +50,11 @@ def check_choice(name, value, choices):
         raise ValueError(f"`{name}` must be {known}. Received: {name}={value!r}.")
 
 
+def operation_name(text):
+    """A name for a TensorFlow operation, which errors show, made from words."""
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in text)
+
+
 def refuse_arguments(owner, arguments, instead):
     """Raises if any of `arguments` (a dict of keyword arguments) was passed to `owner`."""
     if arguments:

@@ -26,7 +26,7 @@ from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf.batch_norm import pooled_moments
 from gradient_accumulator_tf.gradient_sums import add_to_sums, overwritten_of, zero_sums
 from gradient_accumulator_tf.graph_cuts import cut, flat_graph
-from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
+from gradient_accumulator_tf.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.replicas import number_of_replicas, sum_over_replicas
 
 
@@ -53,7 +53,7 @@ class ExactBatchNorm:
         """Runs forward and backward over all micro-batches; updates the moving statistics.
 
         Args:
-            batch: `(x, y, sample_weight)`.
+            batch: The `Batch` of `(x, y, sample_weight)`.
             micro_batch_size: Examples in a micro-batch.
             variables: List of the variables to take the gradients of.
             denominators: Function of `(predict, micro_batch)` that returns a nested structure of
@@ -293,8 +293,8 @@ class _State:
     """
 
     def __init__(self, batch, micro_batch_size):
-        self._batch, self._micro_batch_size = batch, micro_batch_size
-        self._counter = tf.range(batch_size(batch))
+        self._parts = {"all": batch, "inputs": batch.inputs(), "none": batch.counter()}
+        self._micro_batch_size = micro_batch_size
         self.kept, self.draws, self.moments, self.counts = {}, {}, {}, {}
         self.cotangents, self.bars = {}, {}
 
@@ -303,9 +303,8 @@ class _State:
 
     def loop(self, step, kept, variables=(), part="all"):
         """`sum_over_micro_batches` with `part` of the batch: "all", "inputs" or "none"."""
-        x, *_ = self._batch
         # To cut what nobody reads would be a third of a deep net's graph.
-        batch = {"all": self._batch, "inputs": (x,), "none": (self._counter,)}[part]
+        batch = self._parts[part]
         return sum_over_micro_batches(
             step,
             batch,

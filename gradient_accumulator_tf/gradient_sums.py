@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf._checks import operation_name
 from gradient_accumulator_tf.replicas import number_of_replicas
 
 
@@ -41,6 +42,39 @@ def accumulation_dtype(dtype):
     """
     dtype = tf.as_dtype(dtype)
     return tf.float32 if dtype in (tf.float16, tf.bfloat16) else dtype
+
+
+def in_shape_of(gradient, shape, path="variable"):
+    """A gradient with a variable's static shape, of which it may know less.
+
+    The product with a single feature, say, makes a gradient of shape (None, 3) for a variable of
+    shape (1, 3). A sum would then broadcast, and its shape be unknown as well.
+
+    Args:
+        gradient: Tensor or `tf.IndexedSlices`.
+        shape: The variable's `tf.TensorShape`.
+        path: The variable's name for the user.
+
+    Raises:
+        ValueError: If it has another shape.
+    """
+    shape = tf.TensorShape(shape)
+    if isinstance(gradient, tf.IndexedSlices):
+        values = in_shape_of(gradient.values, [None, *shape[1:]], path)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    gradient = tf.convert_to_tensor(gradient)
+    if not gradient.shape.is_compatible_with(shape):
+        raise ValueError(
+            "A gradient must have the shape of its variable. Received: a gradient of shape "
+            f"{gradient.shape} for {path} of shape {shape}. Pass the gradients in the order of the "
+            "variables."
+        )
+    if gradient.shape.rank is not None and all(
+        known is not None or wanted is None
+        for known, wanted in zip(gradient.shape, shape, strict=True)
+    ):
+        return gradient
+    return tf.ensure_shape(gradient, shape, name=operation_name(f"gradient of {path}"))
 
 
 def scale_gradient(gradient, factor, dtype):
@@ -146,6 +180,7 @@ def add_to_sums(total, summands, overwritten=()):
     def add(i, total, gradient, weight):
         if gradient is None:
             return None
+        gradient = in_shape_of(gradient, total.shape)
         if i in overwritten:
             return tf.maximum(total, tf.cast(gradient, total.dtype))
         return add_gradient(total, scale_gradient(gradient, weight, total.dtype))

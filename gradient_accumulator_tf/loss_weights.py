@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf.batches import checked_targets
 from gradient_accumulator_tf.gradient_sums import Contribution
 from gradient_accumulator_tf.replicas import number_of_replicas
 
@@ -93,13 +94,15 @@ class LossRecorder:
         same_shapes: Whether all micro-batches of a cycle have the same shape per example, as
             slices of one batch do. Otherwise only a static shape tells it.
         examples: int or int32 scalar, examples of the micro-batch.
+        times_weighed: Dict of scalars by the `id` of weights: how many micro-batches these are
+            in, if it is not one.
     """
 
-    def __init__(self, tape, same_shapes, examples):
+    def __init__(self, tape, same_shapes, examples, times_weighed=None):
         self._tape = tape
         self._same_shapes = same_shapes
-        static = isinstance(examples, int) or tf.executing_eagerly()
-        self._static_examples = int(examples) if static else None
+        self._examples = examples
+        self._times_weighed = times_weighed or {}
         self._compiled, self._added = [], []
 
     @property
@@ -125,7 +128,11 @@ class LossRecorder:
         """The function to call in place of the compiled loss `loss`."""
 
         def recorded(y_true, y_pred, sample_weight=None):
+            if self._same_shapes:
+                y_true = checked_targets(y_true, y_pred, self._examples)
             value, values = _call_and_keep_values(loss, y_true, y_pred, sample_weight)
+            if value.shape == (0,):
+                value = tf.reduce_sum(value)  # of a batch without examples Keras reduces nothing
             if value.shape.rank != 0:
                 raise ValueError(
                     "A loss must be reduced to a scalar for training. Received: the loss "
@@ -136,6 +143,10 @@ class LossRecorder:
             divisor = None
             if averaged and not self._in_proportion(loss, values, y_pred, sample_weight):
                 divisor = denominator(loss, values, y_true, y_pred, sample_weight)
+                if not self._masks(values, y_pred):
+                    # The effective batch is divided once by weights that all micro-batches have.
+                    times = self._times_weighed.get(id(sample_weight), 1)
+                    value = value * tf.cast(times, value.dtype)
             leaf = None
             if divisor is not None or not averaged:
                 leaf = self._watched(value)
@@ -153,11 +164,13 @@ class LossRecorder:
                 f"examples, and all else a sum over them. Received: {loss}, of an unknown shape. "
                 "Tell its shape with tf.ensure_shape."
             )
-        if shape[0] not in (None, self._static_examples) and shape.num_elements() != 1:
+        known = isinstance(self._examples, int) or tf.executing_eagerly()
+        examples = int(self._examples) if known else None
+        if shape[0] not in (None, examples) and shape.num_elements() != 1:
             warnings.warn(
                 "A loss given to `add_loss` counts as a sum over the examples if it is not a "
                 f"scalar. Received: shape {shape} for a micro-batch of "
-                f"{self._static_examples or 'any number of'} examples, which is not a value for "
+                f"{examples or 'any number of'} examples, which is not a value for "
                 "each of them. If it is a mean over the examples, or does not depend on them, pass "
                 "the scalar keras.ops.sum(loss). If it is a sum, pass "
                 "keras.ops.reshape(keras.ops.sum(loss), (1,)), which does not warn.",
@@ -167,13 +180,18 @@ class LossRecorder:
         self._added.append(Term(value, None, averaged=False, leaf=leaf, compiled=False))
         return leaf
 
+    @staticmethod
+    def _masks(values, y_pred):
+        """Whether a mask takes part in what the loss is divided by."""
+        tensors = [values, *tf.nest.flatten(y_pred)]
+        return any(_compat.keras_mask(t) is not None for t in tensors)
+
     def _in_proportion(self, loss, values, y_pred, sample_weight):
         """Whether the denominator is known to be in proportion to the examples."""
         if values is None or values.shape.rank == 0:
             return True  # reduced by the user's function: the documented rule is examples
         predictions = tf.nest.flatten(y_pred)
-        masks = [_compat.keras_mask(t) for t in [values, *predictions]]
-        if any(mask is not None for mask in masks):
+        if self._masks(values, y_pred):
             return False
         if loss.reduction == "mean_with_sample_weight" and sample_weight is not None:
             return False

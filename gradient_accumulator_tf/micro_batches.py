@@ -1,57 +1,11 @@
-"""Cut a nested batch into micro-batches, and sum over them in one loop."""
+"""Sum over the micro-batches of a batch in one loop."""
 
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf.replicas import lone_replica
-
-
-def batch_size(batch):
-    """Number of examples in a nested batch: an int where it is static, else an int32 scalar.
-
-    Raises:
-        ValueError: If there is no tensor with a leading dimension in it.
-    """
-    for leaf in tf.nest.flatten(batch):
-        if leaf is not None and leaf.shape.rank != 0:
-            if leaf.shape.rank is not None and leaf.shape[0] is not None:
-                return int(leaf.shape[0])
-            return leaf.nrows(tf.int32) if isinstance(leaf, tf.RaggedTensor) else tf.shape(leaf)[0]
-    raise ValueError(
-        "A batch must have at least one tensor whose first dimension counts the examples. "
-        f"Received: {batch}. Pass an input with a batch dimension."
-    )
-
-
-def slice_batch(batch, start, size):
-    """Examples `start` to `start + size` of every tensor in a nested batch.
-
-    Args:
-        batch: Nested structure of dense, ragged or sparse tensors and None. A tensor without
-            dimensions belongs to every example.
-        start: int or int32 scalar.
-        size: int or int32 scalar.
-    """
-
-    def slice_leaf(leaf):
-        if leaf is None or leaf.shape.rank == 0:
-            return leaf
-        if isinstance(leaf, tf.RaggedTensor):
-            return leaf[start : start + size]
-        if isinstance(leaf, tf.SparseTensor):
-            rest = leaf.dense_shape[1:]
-            first, count = tf.cast([start], tf.int64), tf.cast([size], tf.int64)
-            return tf.sparse.slice(
-                leaf, tf.concat([first, 0 * rest], 0), tf.concat([count, rest], 0)
-            )
-        shape = tf.shape(leaf)
-        begin = tf.concat([[start], tf.zeros_like(shape[1:])], 0)
-        sliced = tf.slice(leaf, begin, tf.concat([[size], shape[1:]], 0))
-        return tf.ensure_shape(sliced, [size if isinstance(size, int) else None, *leaf.shape[1:]])
-
-    return tf.nest.map_structure(slice_leaf, batch)
+from gradient_accumulator_tf.replicas import lone_replica, number_of_replicas
 
 
 def _without_nones(structure):
@@ -95,7 +49,7 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
     Args:
         step: Function of a nested batch, and of a tensor for each of `kept`, that returns
             (summands, list of tensors to keep, nested tensors).
-        batch: Nested batch of tensors.
+        batch: The `Batch`.
         micro_batch_size: Examples in a micro-batch.
         zeros: Function of the summands' structure that returns what a sum of them starts from.
         add: Function of (sum, summands) that returns their sum.
@@ -104,18 +58,18 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
     Returns:
         The sum, the list of `Kept`, and the third result of the last micro-batch.
     """
-    examples = batch_size(batch)
+    examples = batch.examples
     if tf.executing_eagerly():
         examples = int(examples)  # of ragged tensors it is a tensor
     if isinstance(examples, int) and examples <= micro_batch_size:
-        summands, keep, result = step(batch, *(k.rest for k in kept))
+        summands, keep, result = step(batch.data, *(k.rest for k in kept))
         return add(zeros(summands), summands), [Kept([], t) for t in keep], result
     if tf.executing_eagerly():
         total, looped = None, []
         for start in range(0, examples, micro_batch_size):
             inputs = [k.looped[len(looped)] for k in kept]
             size = min(micro_batch_size, examples - start)
-            summands, keep, result = step(slice_batch(batch, start, size), *inputs)
+            summands, keep, result = step(batch.slice(start, size), *inputs)
             total = add(zeros(summands) if total is None else total, summands)
             looped.append(keep)
         return total, [Kept(list(k), k[0]) for k in zip(*looped, strict=True)], result
@@ -125,7 +79,13 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
     if isinstance(examples, int) and not (even or has_rest):
         # Unknown to TensorFlow, which would take the first micro-batch's size for that of all.
         examples = tf.raw_ops.PlaceholderWithDefault(input=examples, shape=())
-    turns = (examples if has_rest or even else examples + micro_batch_size - 1) // micro_batch_size
+    # A batch without examples is a micro-batch, as Keras takes a step with it; but not where other
+    # replicas may have examples.
+    least = 1 if number_of_replicas() == 1 else 0
+    if has_rest or even:
+        turns = examples // micro_batch_size
+    else:
+        turns = tf.maximum((examples + micro_batch_size - 1) // micro_batch_size, least)
 
     def size_at(turn):
         if even:
@@ -135,7 +95,7 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
 
     step = tf.function(lone_replica()(step), autograph=False)
     specs = [tf.TensorSpec(k.looped.element_shape, k.rest.dtype) for k in kept]
-    traced = step.get_concrete_function(slice_batch(batch, 0, size_at(0)), *specs)
+    traced = step.get_concrete_function(batch.slice(0, size_at(0)), *specs)
     summands, keep_specs, result_specs = traced.structured_outputs
     template = (zeros(summands), tf.nest.map_structure(_empty, result_specs))
 
@@ -146,7 +106,7 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
         return _without_nones((add(total, summands), result)), keep
 
     def body(turn, flat, arrays):
-        micro_batch = slice_batch(batch, turn * micro_batch_size, size_at(turn))
+        micro_batch = batch.slice(turn * micro_batch_size, size_at(turn))
         flat, keep = one_more(flat, micro_batch, *(k.looped.read(turn) for k in kept))
         arrays = [array.write(turn, t) for array, t in zip(arrays, keep, strict=True)]
         return turn + 1, flat, arrays
@@ -168,7 +128,7 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
         # The start from the loop's counter, so that this waits for the loop to end; the size not,
         # as XLA has to know it.
         left = examples % micro_batch_size
-        micro_batch = slice_batch(batch, turn * micro_batch_size, left)
+        micro_batch = batch.slice(turn * micro_batch_size, left)
         return one_more(flat, micro_batch, *(k.rest for k in kept))
 
     def run_nothing():
@@ -176,7 +136,8 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
 
     if has_rest:
         # Of `tf.cond` XLA would compile both branches.
-        index = tf.minimum(examples % micro_batch_size, 1)
+        left = tf.where(tf.equal(examples, 0), least, examples % micro_batch_size)
+        index = tf.minimum(left, 1)
         flat, rest = tf.switch_case(index, [run_nothing, run_rest])
     else:
         flat, rest = run_nothing()

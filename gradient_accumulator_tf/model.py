@@ -10,6 +10,12 @@ import tensorflow as tf
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_choice, check_positive_int
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm, led
+from gradient_accumulator_tf.batches import (
+    Batch,
+    batch_size,
+    by_identity,
+    check_shared_inputs,
+)
 from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
 from gradient_accumulator_tf.conditional import across_replicas
 from gradient_accumulator_tf.exact_batch_norm import ExactBatchNorm
@@ -32,7 +38,7 @@ from gradient_accumulator_tf.loss_weights import (
     targets_and_seeds,
     with_coefficients,
 )
-from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
+from gradient_accumulator_tf.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.model_wrapper import ModelWrapper
 from gradient_accumulator_tf.non_finite import (
     DROP_MICRO_BATCH,
@@ -43,6 +49,7 @@ from gradient_accumulator_tf.non_finite import (
     without_non_finite,
     zero_unless,
 )
+from gradient_accumulator_tf.one_piece import LargestBatch, WarnOfOnePiece
 from gradient_accumulator_tf.optimizer import (
     GradientAccumulateOptimizer,
     accumulating_optimizer,
@@ -72,6 +79,13 @@ class _MicroStep(NamedTuple):
     weight: Any  # of what no compiled loss measures
     share: Any  # that weight by the effective batch's, if known
     logs: dict
+
+
+class _Effective(NamedTuple):
+    """What is known of the effective batch that a micro-batch is a slice of."""
+
+    total: Any  # float64 scalar, examples on an average replica; None if some may be dropped
+    weighed: Any  # see `Batch.times_weighed`
 
 
 class _Loss(NamedTuple):
@@ -150,11 +164,17 @@ class GradientAccumulateModel(ModelWrapper):
         non_finite: "propagate" (default), "drop_micro_batch" or "drop_cycle"; as for
             `GradientAccumulateOptimizer`. What was dropped is in the logs of an epoch, whose loss
             is then the mean over what was finite.
+        shared_inputs: List of the inputs that belong to every example (a graph, a bank of
+            negatives), by their positions or keys in `x`: `[1]`, `["bank"]`; `[("graph", 0)]`
+            for what is nested, where `["graph"]` is all that is in it. Each micro-batch gets them
+            whole. Every other tensor of a batch must have one row for each example; only
+            scalars, and tensors of one row in a batch of several examples, are for all as well.
         **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
 
     Raises:
         TypeError: If `accum_steps` is neither an integer nor a schedule, `micro_batch_size` not
-            an integer, or `model` not a Keras 3 model.
+            an integer, `shared_inputs` not a list of positions, keys and tuples, or `model` not a
+            Keras 3 model.
         ValueError: If not exactly one of the two is given, if `batch_norm="exact"` is given with
             `accum_steps`, if `model` is given together with
             `inputs`, `outputs` or a `call` of its own, if `model` overrides a training method,
@@ -171,6 +191,7 @@ class GradientAccumulateModel(ModelWrapper):
         micro_batch_size=None,
         batch_norm="micro_batch",
         non_finite="propagate",
+        shared_inputs=None,
         **kwargs,
     ):
         if (accum_steps is None) == (micro_batch_size is None):
@@ -206,6 +227,7 @@ class GradientAccumulateModel(ModelWrapper):
                 f"can be dropped alone. Received: non_finite={non_finite!r}. Pass "
                 'non_finite="drop_cycle" instead.'
             )
+        shared_inputs = check_shared_inputs(shared_inputs)
         check_strategy()
         super().__init__(inputs, outputs, model, **kwargs)
         self._accum_steps = accum_steps
@@ -213,8 +235,10 @@ class GradientAccumulateModel(ModelWrapper):
         self.batch_norm = batch_norm
         self._exact_batch_norm = None
         self.non_finite = non_finite
+        self._shared_inputs = shared_inputs
         within_step = micro_batch_size is not None and non_finite != PROPAGATE
         self._drops = Drops() if within_step else None
+        self._largest_batch = None if micro_batch_size is None else LargestBatch()
 
     @property
     def accum_steps(self):
@@ -235,6 +259,11 @@ class GradientAccumulateModel(ModelWrapper):
         if self._accumulating_optimizer is not None:
             self._accumulating_optimizer.accum_steps = value
         self._accum_steps = check_accum_steps(value, "batches per update")
+
+    @property
+    def shared_inputs(self):
+        """Tuple of the inputs that belong to every example: positions, keys and tuples of both."""
+        return self._shared_inputs
 
     @property
     def dropped_micro_steps(self):
@@ -315,6 +344,7 @@ class GradientAccumulateModel(ModelWrapper):
         """
         own = [FlushAtEpochEnd()] if self.micro_batch_size is None else []
         own += [LogDrops()] if self.non_finite != PROPAGATE else []
+        own += [WarnOfOnePiece(batch_size, self._largest_batch)] if self._largest_batch else []
         if isinstance(callbacks, keras.callbacks.CallbackList):
             for callback in own:
                 callback.set_model(self)
@@ -357,14 +387,15 @@ class GradientAccumulateModel(ModelWrapper):
             self._end_cycle_of_batch_norms()
             return logs
         data = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
+        batch = None if self.micro_batch_size is None else Batch.of(data, self._shared_inputs)
         with outside_of_tracing():
             _compat.build_for_training(self, data)
         self._check_layers()
         self._plan_exact_batch_norm()
         with _compat.activity_regularizers_by_rank(self):
-            if self.micro_batch_size is None:
+            if batch is None:
                 return self._train_across_steps(data)
-            return self._train_within_step(data)
+            return self._train_within_step(batch)
 
     def micro_batch_weight(self, x, y, sample_weight):
         """What a micro-batch counts for where no compiled loss tells; to be overridden.
@@ -410,18 +441,20 @@ class GradientAccumulateModel(ModelWrapper):
         ]
         return self._with_loss(step.logs, (replicas * step.loss, weight), values)
 
-    def _train_within_step(self, data):
+    def _train_within_step(self, batch):
         variables = self.trainable_weights
-        examples = batch_size(data)
+        examples = batch.examples
+        self._largest_batch.see(examples)
         drops = self.non_finite == DROP_MICRO_BATCH
         total = None  # what will be left of the effective batch, if some of it may be dropped
         if not drops:
             total = sum_over_replicas(tf.cast(examples, tf.float64)) / number_of_replicas()
 
+        effective = _Effective(total, batch.times_weighed(self.micro_batch_size))
         if self._exact_batch_norm is not None:
-            sums, logs = self._sum_of_exact(data, total, variables)
+            sums, logs = self._sum_of_exact(batch, effective, variables)
         else:
-            sums, logs = self._sum_of_micro_steps(data, total, variables)
+            sums, logs = self._sum_of_micro_steps(batch, effective, variables)
         newest = {i: largest([g[i] for g, _ in sums[0]]) for i in overwritten_of(variables)}
         groups, (losses, counts) = sum_over_replicas(sums)
         if groups:
@@ -441,12 +474,12 @@ class GradientAccumulateModel(ModelWrapper):
         weight = examples if isinstance(examples, int) else None
         return self._with_loss(logs, (loss, examples), [(value, weight) for value in values])
 
-    def _sum_of_micro_steps(self, data, total, variables):
+    def _sum_of_micro_steps(self, batch, effective, variables):
         """Sums of what all micro-steps found, and the logs of the last."""
         drops = self.non_finite == DROP_MICRO_BATCH
 
         def step(micro_batch):
-            step = self._micro_step(micro_batch, total, within_step=True)
+            step = self._micro_step(micro_batch, effective)
             losses = loss_sums(step.loss, step.terms, step.weight, step.share)
             groups, dropped = step.groups, None
             if drops:
@@ -459,7 +492,7 @@ class GradientAccumulateModel(ModelWrapper):
 
         sums, _, logs = sum_over_micro_batches(
             step,
-            data,
+            batch,
             self.micro_batch_size,
             zeros=lambda summands: zero_sums(summands, variables),
             add=functools.partial(add_to_sums, overwritten=overwritten_of(variables)),
@@ -467,15 +500,15 @@ class GradientAccumulateModel(ModelWrapper):
         self._end_cycle_of_batch_norms()
         return sums, logs
 
-    def _sum_of_exact(self, data, total, variables):
+    def _sum_of_exact(self, batch, effective, variables):
         """As `_sum_of_micro_steps`, with the effective batch's batch norm."""
 
         def totals_of(predict, micro_batch):
-            found = self._loss(micro_batch, predict, total, within_step=True)
+            found = self._loss(micro_batch, predict, effective)
             return denominators(found.terms, found.weight, found.share)
 
         def differentiate(predict, micro_batch, totals):
-            found = self._loss(micro_batch, predict, total, within_step=True)
+            found = self._loss(micro_batch, predict, effective)
             summed = (found.loss, found.terms, found.weight, found.share)
             scale = self._gradient_scale(found.loss.dtype)
             targets, seeds = targets_and_seeds(
@@ -486,7 +519,7 @@ class GradientAccumulateModel(ModelWrapper):
             return found.tape, targets, seeds, loss_sums(*summed), logs
 
         gradients, losses, logs = self._exact_batch_norm.gradients(
-            data,
+            batch,
             self.micro_batch_size,
             variables,
             totals_of,
@@ -526,22 +559,26 @@ class GradientAccumulateModel(ModelWrapper):
             *counts,
         )
 
-    def _loss(self, data, predict, total=None, within_step=False):
+    def _loss(self, data, predict, effective=None):
         """Forward pass of one micro-batch, and what its loss is made of.
 
         Args:
             data: `(x, y, sample_weight)`.
             predict: Function of the tape that returns the predictions.
-            total: float64 scalar, examples of the effective batch on an average replica; None
-                if they are not known before the cycle's end.
-            within_step: Whether all micro-batches of the cycle are slices of one batch.
+            effective: `_Effective` of the batch that `data` is a slice of; None across steps.
         """
         x, y, sample_weight = data
         drops = self.non_finite != PROPAGATE
+        examples = batch_size(data, self._shared_inputs)
+        known = {"same_shapes": False}
+        if effective is not None:
+            weighed = effective.weighed
+            times = None if weighed is None else by_identity(sample_weight, weighed)
+            known = {"same_shapes": True, "times_weighed": times}
         with tf.GradientTape(persistent=True) as tape, led(finite_only=drops):
             _compat.clear_added_losses(self)
             y_pred = predict(tape)
-            recorder = LossRecorder(tape, same_shapes=within_step, examples=batch_size(data))
+            recorder = LossRecorder(tape, examples=examples, **known)
             with recorder.recording(self):
                 loss = _compat.compute_loss(self, x, y, y_pred, sample_weight)
             loss = check_total_loss(loss)
@@ -549,14 +586,17 @@ class GradientAccumulateModel(ModelWrapper):
         weight = check_micro_batch_weight(self.micro_batch_weight(x, y, sample_weight))
         share = None
         if weight is None:
-            weight = batch_size(data)
-            share = None if total is None else tf.cast(weight, total.dtype) / total
+            weight, total = examples, None if effective is None else effective.total
+            if total is not None:
+                # A batch without examples is one micro-batch, whose regularisers count.
+                part = tf.math.divide_no_nan(tf.cast(weight, total.dtype), total)
+                share = tf.where(tf.equal(total, 0), tf.ones_like(total), part)
         return _Loss(tape, y_pred, loss, terms, weight, share)
 
     def _gradient_scale(self, dtype):
         return self.optimizer.scale_loss(tf.ones((), dtype))
 
-    def _micro_step(self, data, total=None, within_step=False):
+    def _micro_step(self, data, effective=None):
         """Forward and backward pass of one micro-batch; arguments as for `_loss`."""
         x, y, sample_weight = data
 
@@ -565,7 +605,7 @@ class GradientAccumulateModel(ModelWrapper):
             training = {"training": True} if _compat.call_has_training_argument(self) else {}
             return self(x, **training)
 
-        tape, y_pred, loss, terms, weight, share = self._loss(data, predict, total, within_step)
+        tape, y_pred, loss, terms, weight, share = self._loss(data, predict, effective)
         groups = []
         if self.trainable_weights:
             in_half = self.compute_dtype == "float16" or isinstance(
@@ -579,7 +619,7 @@ class GradientAccumulateModel(ModelWrapper):
                 self._gradient_scale(loss.dtype),
                 weight,
                 share,
-                multiply=not within_step and not in_half,
+                multiply=effective is None and not in_half,
             )
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
@@ -707,6 +747,7 @@ class GradientAccumulateModel(ModelWrapper):
             "micro_batch_size": self.micro_batch_size,
             "batch_norm": self.batch_norm,
             "non_finite": self.non_finite,
+            "shared_inputs": list(self._shared_inputs) or None,
         }
 
     @classmethod

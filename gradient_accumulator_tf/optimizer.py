@@ -13,7 +13,12 @@ from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_choice, check_positive_int
 from gradient_accumulator_tf.accumulator import GradientAccumulator, counter
 from gradient_accumulator_tf.conditional import run_on_replicas_if
-from gradient_accumulator_tf.gradient_sums import Contribution, received_of, scale_gradient
+from gradient_accumulator_tf.gradient_sums import (
+    Contribution,
+    in_shape_of,
+    received_of,
+    scale_gradient,
+)
 from gradient_accumulator_tf.non_finite import (
     DROP_MICRO_BATCH,
     PROPAGATE,
@@ -349,8 +354,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 counts for in the cycle's mean: its examples or tokens. None counts as 1.
 
         Raises:
-            ValueError: If a variable is not among those the optimizer was built with, all
-                gradients are None, or `weight` is a negative number.
+            ValueError: If a variable is not among those the optimizer was built with, a gradient
+                has not the shape of its variable, all gradients are None, or `weight` is a
+                negative number.
         """
         grads = list(grads)
         if not grads:
@@ -525,8 +531,11 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                     f"{getattr(variable, 'path', variable.name)}. Add them up before."
                 )
             seen.add(index)
-            aligned[index] = gradient
-            if gradient is not None and not variable.trainable:
+            if gradient is None:
+                continue
+            path = getattr(variable, "path", variable.name)
+            aligned[index] = in_shape_of(gradient, variable.shape, path)
+            if not variable.trainable:
                 self._trained_anyway.add(index)
         return aligned
 

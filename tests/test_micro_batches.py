@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel
+from gradient_accumulator_tf.batches import Batch
 from gradient_accumulator_tf.micro_batches import sum_over_micro_batches
 from tests.oracle import dense_model
 
@@ -18,7 +19,7 @@ def _looped(execution, examples=None):
     """
 
     def both(x, y):
-        batch = (x, y, None)
+        batch = Batch.of((x, y, None))
 
         def zeros(like):
             return tf.zeros(like.shape, like.dtype)

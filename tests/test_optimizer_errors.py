@@ -1,6 +1,7 @@
 """Bad input: each message tells the rule, what was received, and what to do instead."""
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -111,3 +112,25 @@ def test_set_weights_of_another_length():
     optimizer.build([keras.Variable(0.0)])
     with pytest.raises(ValueError, match="Received: 1 arrays"):
         optimizer.set_weights([0.0])
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_gradient_has_the_shape_of_its_variable(accum_steps):
+    variable = keras.Variable(np.ones((2, 3), "float32"), name="table")
+    optimizer = GradientAccumulateOptimizer("sgd", accum_steps)
+    optimizer.build([variable])
+    received = r"shape \(1, 3\) for table of shape \(2, 3\)"
+    with pytest.raises(ValueError, match=received):
+        optimizer.apply([tf.ones((1, 3))], [variable])
+    with pytest.raises(ValueError, match=r"shape \(1, 4\) for table"):
+        optimizer.apply([tf.IndexedSlices(tf.ones((1, 4)), [0])], [variable])
+    apply = tf.function(
+        lambda gradient: optimizer.apply([gradient], [variable]),
+        input_signature=[tf.TensorSpec(None)],
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match="gradient_of_table"):
+        apply(tf.ones((1, 3)))
+    np.testing.assert_array_equal(variable, np.ones((2, 3)))
+    for _ in range(accum_steps):
+        apply(tf.ones((2, 3)))
+    np.testing.assert_allclose(variable, np.full((2, 3), 0.99), rtol=1e-6)
