@@ -1,21 +1,25 @@
 """Argument checks with one form of message: the rule, what was received, what to do instead."""
 
+import difflib
 import math
 import numbers
 
+import tensorflow as tf
 
-def check_positive_int(name, value, meaning, instead="to train without accumulation"):
+
+def check_positive_int(name, value, meaning, instead="Pass at least 1.", below=2**63):
     """Returns `value` as a Python int, or raises if it is not a whole number of at least 1.
 
     Args:
         name: Name of the argument, for the message.
         value: What the caller passed.
         meaning: What one unit of it is, for the message ("micro-batches per update").
-        instead: What the value 1 is for, for the message.
+        instead: A sentence, what to pass in place of a number below 1, for the message.
+        below: The smallest integer that is too large. By default, what int64 does not hold.
 
     Raises:
         TypeError: If `value` is not an integer (a bool is not).
-        ValueError: If it is smaller than 1.
+        ValueError: If it is smaller than 1, or not below `below`.
     """
     rule = f"`{name}` must be an integer >= 1 ({meaning})."
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -24,8 +28,19 @@ def check_positive_int(name, value, meaning, instead="to train without accumulat
             f"Pass a whole number such as {name}=8."
         )
     if value < 1:
-        raise ValueError(f"{rule} Received: {name}={value!r}. Pass {name}=1 {instead}.")
+        raise ValueError(f"{rule} Received: {name}={value!r}. {instead}")
+    if value >= below:
+        raise ValueError(
+            f"`{name}` must be an integer from 1 to {below - 1} ({meaning}), as TensorFlow counts "
+            f"in int{below.bit_length()}. Received: {name}={value!r}. Pass a smaller number."
+        )
     return int(value)
+
+
+def check_steps(value, meaning):
+    """`check_positive_int` for `accum_steps` of an optimizer or a model."""
+    instead = "Pass accum_steps=1 to train without accumulation."
+    return check_positive_int("accum_steps", value, meaning, instead)
 
 
 def check_number(name, value):
@@ -43,11 +58,46 @@ def check_number(name, value):
     return float(value)
 
 
+def check_scalar(function, value, rule, instead, integer=False):
+    """Returns what a user's function returned as a tensor, or raises if it is no number.
+
+    Args:
+        function: Name of the function, for the message.
+        value: What it returned.
+        rule: What it must return, for the message.
+        instead: A sentence, what to return instead.
+        integer: Whether an integer will do.
+
+    Raises:
+        TypeError: If `value` is not a real number, or a tensor of such.
+        ValueError: If it has dimensions.
+    """
+    rule = f"`{function}` must return {rule}."
+    try:
+        tensor = tf.convert_to_tensor(value)
+        real = tensor.dtype.is_floating or (integer and tensor.dtype.is_integer)
+    except (TypeError, ValueError):
+        real = False
+    if not real:
+        raise TypeError(f"{rule} Received: {value!r} (of type {type(value).__name__}). {instead}")
+    if tensor.shape.rank not in (0, None):
+        raise ValueError(
+            f"{rule} Received: a tensor of shape {tensor.shape} and dtype {tensor.dtype.name}. "
+            f"{instead}"
+        )
+    return tensor
+
+
 def check_choice(name, value, choices):
     """Raises ValueError if `value` is not one of the strings `choices`."""
     if not isinstance(value, str) or value not in choices:
         known = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"`{name}` must be {known}. Received: {name}={value!r}.")
+
+
+def similar_name(name, names):
+    """The one of `names` that `name` may be a slip of, or None."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
 
 
 def refuse_arguments(owner, arguments, instead):

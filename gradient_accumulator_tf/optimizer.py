@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf._checks import check_choice, check_positive_int
+from gradient_accumulator_tf._checks import check_choice, check_steps
 from gradient_accumulator_tf.accumulator import GradientAccumulator, counter
 from gradient_accumulator_tf.conditional import run_on_replicas_if
 from gradient_accumulator_tf.gradient_sums import Contribution, received_of, scale_gradient
@@ -21,7 +21,7 @@ from gradient_accumulator_tf.non_finite import (
     check_non_finite,
     without_non_finite,
 )
-from gradient_accumulator_tf.optimizer_wrapper import OptimizerWrapper, check_optimizer
+from gradient_accumulator_tf.optimizer_wrapper import OptimizerWrapper, check_optimizer, parts_of
 from gradient_accumulator_tf.replicas import check_made_under, check_strategy, number_of_replicas
 from gradient_accumulator_tf.schedules import (
     check_accum_steps,
@@ -172,7 +172,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 f"Compile with {type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), "
                 "which keeps the inner optimizer's state."
             )
-        value = check_positive_int("accum_steps", value, "micro-batches per update")
+        value = check_steps(value, "micro-batches per update")
         if self.built and self._accumulator is None and value > 1:
             raise ValueError(
                 "An optimizer that was built with accum_steps=1 keeps no sums, and cannot begin to "
@@ -640,6 +640,21 @@ def accumulating_optimizer(optimizer):
     return optimizer if isinstance(optimizer, GradientAccumulateOptimizer) else None
 
 
+def accumulation_in(optimizer):
+    """What accumulates in an optimizer, or in one that it is made of, in words; or None."""
+    for part in parts_of(optimizer):
+        if isinstance(part, GradientAccumulateOptimizer):
+            found = f"GradientAccumulateOptimizer(accum_steps={part.accum_steps})"
+        elif part.gradient_accumulation_steps:
+            steps = part.gradient_accumulation_steps
+            found = f"{type(part).__name__}(gradient_accumulation_steps={steps})"
+        else:
+            continue
+        holder = "" if part is optimizer else f", in a {type(optimizer).__name__}"
+        return found + holder
+    return None
+
+
 def _hidden(function):
     """The same function, as one that a checkpoint does not take for state."""
     return lambda *args: function(*args)
@@ -653,14 +668,12 @@ def _checked_inner_optimizer(optimizer):
             "`optimizer` must not be a GradientAccumulateOptimizer itself. Received: one with "
             f"accum_steps={optimizer.accum_steps}. Wrap once, with the product of the two."
         )
-    for inner in getattr(optimizer, "optimizers", [optimizer]):
-        if inner.gradient_accumulation_steps:
-            raise ValueError(
-                "The inner optimizer must not accumulate itself. Received: "
-                f"{type(inner).__name__}(gradient_accumulation_steps="
-                f"{inner.gradient_accumulation_steps}). Leave that argument out and pass "
-                "accum_steps instead."
-            )
+    found = accumulation_in(optimizer)
+    if found:
+        raise ValueError(
+            f"The inner optimizer must not accumulate itself. Received: {found}. Leave that out "
+            "and pass accum_steps instead."
+        )
     return optimizer
 
 

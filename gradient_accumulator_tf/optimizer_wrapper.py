@@ -113,6 +113,17 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         return [name for name in super().__dir__() if name != "inner_optimizer"]
 
 
+def parts_of(optimizer):
+    """Yields what an optimizer is made of: those in it, innermost first, then itself.
+
+    Those in a wrapper of one, and in a `MultiOptimizer`.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    for part in getattr(optimizer, "optimizers", ()) if inner is None else (inner,):
+        yield from parts_of(part)
+    yield optimizer
+
+
 def check_optimizer(optimizer, place):
     """The Keras optimizer that `optimizer` names, or an error that says what to pass.
 

@@ -1,12 +1,13 @@
 """How many micro-batches an update takes, as a function of the update."""
 
+import contextlib
 import numbers
 from collections.abc import Mapping
 
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf._checks import check_positive_int
+from gradient_accumulator_tf._checks import check_steps
 
 # A schedule is asked for these updates when it is made: mistakes show before the training.
 _PROBED_UPDATES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -88,10 +89,14 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
             "`accum_steps` as a dict must map the first update (integer >= 0) of each phase to its "
             "steps (integer >= 1)"
         )
+        phases = steps
         if isinstance(steps, (list, tuple)):
-            steps = dict(steps)  # as in the config, since JSON has no integers for keys
-        if not isinstance(steps, Mapping):
+            # Pairs, as in the config, since JSON has no integers for keys.
+            with contextlib.suppress(TypeError, ValueError):
+                phases = dict(steps)
+        if not isinstance(phases, Mapping):
             raise TypeError(f"{rule}. Received: {steps!r}. Pass for example {{0: 1, 1000: 8}}.")
+        steps = phases
         for update in steps:
             if isinstance(update, bool) or not isinstance(update, numbers.Integral):
                 raise TypeError(
@@ -103,8 +108,13 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
                 f"{rule}, and begin with update 0. Received: accum_steps={dict(steps)!r}. Pass for "
                 "example {0: 1, 1000: 8}."
             )
+        if max(steps) >= 2**63:
+            raise ValueError(
+                f"{rule}, of which TensorFlow counts {2**63 - 1} at most. Received: the update "
+                f"{max(steps)}. Pass for example {{0: 1, 1000: 8}}."
+            )
         self.steps = {
-            int(update): check_positive_int("accum_steps", steps[update], f"from update {update}")
+            int(update): check_steps(steps[update], f"from update {update}")
             for update in sorted(steps)
         }
 
@@ -137,7 +147,7 @@ def check_accum_steps(value, meaning):
     if isinstance(value, Mapping):
         return PiecewiseConstantSteps(value)
     if not callable(value):
-        return check_positive_int("accum_steps", value, meaning)
+        return check_steps(value, meaning)
     rule = (
         "A schedule of `accum_steps` must take the number of updates and return an integer >= 1 "
         f"({meaning})."
