@@ -56,7 +56,7 @@ from gradient_accumulator_tf.non_finite import (
 from gradient_accumulator_tf.optimizer import (
     GradientAccumulateOptimizer,
     accumulating_optimizer,
-    accumulation_in,
+    check_does_not_accumulate,
 )
 from gradient_accumulator_tf.replicas import (
     check_made_under,
@@ -111,7 +111,7 @@ def _check_arguments(owner, first, others):
             f"micro_batch_size={first!r} (examples per micro-batch)."
         )
     own = inspect.signature(GradientAccumulateModel.__init__).parameters.values()
-    known = [p.name for p in own if p.kind not in (p.POSITIONAL_ONLY, p.VAR_KEYWORD)][1:]
+    known = [p.name for p in own if p.kind not in (p.POSITIONAL_ONLY, p.VAR_KEYWORD)]
     known += _LAYER_ARGUMENTS
     unknown = {name: value for name, value in others.items() if name not in known}
     similar = [similar for name in unknown if (similar := similar_name(name, known))]
@@ -513,6 +513,7 @@ class GradientAccumulateModel(ModelWrapper):
         self._plan_exact_batch_norm()
         if self.micro_batch_size is None:
             return self._train_across_steps(data)
+        self._check_optimizer_does_not_accumulate(self.optimizer)
         return self._train_within_step(data)
 
     def micro_batch_weight(self, x, y, sample_weight):
@@ -797,6 +798,14 @@ class GradientAccumulateModel(ModelWrapper):
                 "model.flush() to update with them, or model.optimizer.reset() to drop them."
             )
 
+    def _check_optimizer_does_not_accumulate(self, optimizer):
+        check_does_not_accumulate(
+            optimizer,
+            "The model accumulates, so its optimizer must not do it as well.",
+            "Leave that out.",
+            f" for a model with micro_batch_size={self.micro_batch_size}",
+        )
+
     @property
     def _accumulating_optimizer(self):
         """The GradientAccumulateOptimizer in use, or None."""
@@ -825,13 +834,7 @@ class GradientAccumulateModel(ModelWrapper):
                 "the inner optimizer to `compile`, or the wrapped one to a plain keras.Model."
             )
         if self.micro_batch_size is not None:
-            found = accumulation_in(inner)
-            if found:
-                raise ValueError(
-                    "The model accumulates, so its optimizer must not do it as well. Received: "
-                    f"{found} for a model with micro_batch_size={self.micro_batch_size}. Leave "
-                    "that out."
-                )
+            self._check_optimizer_does_not_accumulate(inner)
             return optimizer
         wrapped = GradientAccumulateOptimizer(inner, self.accum_steps, non_finite=self.non_finite)
         if inner is optimizer:

@@ -267,6 +267,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         with outside_of_tracing():
             if not self.inner_optimizer.built:
                 self.inner_optimizer.build(variables)
+        _check_inner_does_not_accumulate(self.inner_optimizer)
         self._trainable_variables = variables
         self._trained_anyway = set()
         self._trainable_variables_indices = {
@@ -640,8 +641,17 @@ def accumulating_optimizer(optimizer):
     return optimizer if isinstance(optimizer, GradientAccumulateOptimizer) else None
 
 
-def accumulation_in(optimizer):
-    """What accumulates in an optimizer, or in one that it is made of, in words; or None."""
+def check_does_not_accumulate(optimizer, rule, instead, where=""):
+    """Raises ValueError if an optimizer accumulates, or one that it is made of.
+
+    A `MultiOptimizer` around a function knows what it is made of only once it is built.
+
+    Args:
+        optimizer: A Keras optimizer.
+        rule: A sentence, for the message.
+        instead: A sentence, what to do instead.
+        where: What the optimizer is for, for the message.
+    """
     for part in parts_of(optimizer):
         if isinstance(part, GradientAccumulateOptimizer):
             found = f"GradientAccumulateOptimizer(accum_steps={part.accum_steps})"
@@ -650,9 +660,8 @@ def accumulation_in(optimizer):
             found = f"{type(part).__name__}(gradient_accumulation_steps={steps})"
         else:
             continue
-        holder = "" if part is optimizer else f", in a {type(optimizer).__name__}"
-        return found + holder
-    return None
+        holder = "" if part is optimizer else f" within {type(optimizer).__name__}"
+        raise ValueError(f"{rule} Received: {found}{holder}{where}. {instead}")
 
 
 def _hidden(function):
@@ -668,13 +677,13 @@ def _checked_inner_optimizer(optimizer):
             "`optimizer` must not be a GradientAccumulateOptimizer itself. Received: one with "
             f"accum_steps={optimizer.accum_steps}. Wrap once, with the product of the two."
         )
-    found = accumulation_in(optimizer)
-    if found:
-        raise ValueError(
-            f"The inner optimizer must not accumulate itself. Received: {found}. Leave that out "
-            "and pass accum_steps instead."
-        )
+    _check_inner_does_not_accumulate(optimizer)
     return optimizer
+
+
+def _check_inner_does_not_accumulate(optimizer):
+    rule = "The inner optimizer must not accumulate itself."
+    check_does_not_accumulate(optimizer, rule, "Leave that out and pass accum_steps instead.")
 
 
 _compat.route_loss_scaling(GradientAccumulateOptimizer)
