@@ -4,6 +4,8 @@ import contextlib
 
 import keras
 
+from gradient_accumulator_tf import _compat
+
 _TRAINER_METHODS = (
     "train_step",
     "test_step",
@@ -45,6 +47,10 @@ class ModelWrapper(keras.Model):
         self.model = wrapped
         if wrapped is not None:
             self.built = wrapped.built
+            if wrapped.built and _compat.is_functional(wrapped):
+                # TFLite looks for it in a model that is no graph of layers. Keras writes it when
+                # it builds one, which this one need not be.
+                self._build_shapes_dict = {"input_shape": wrapped.input_shape}
 
     def call(self, inputs, training=None):
         """Calls the wrapped model; a subclass without one defines its own."""
@@ -71,6 +77,13 @@ class ModelWrapper(keras.Model):
     def export(self, *args, **kwargs):
         """Exports the wrapped model for inference; arguments as for `keras.Model.export`."""
         return (super() if self.model is None else self.model).export(*args, **kwargs)
+
+    @property
+    def input_dtype(self):
+        """The dtype of the wrapped model's inputs, or of inputs to a layer of this policy."""
+        inputs = getattr(self.model, "inputs", None) or ()
+        dtypes = {tensor.dtype for tensor in inputs}
+        return dtypes.pop() if len(dtypes) == 1 else super().input_dtype
 
     @property
     def _default_save_signature(self):
