@@ -7,7 +7,7 @@ import numbers
 import tensorflow as tf
 
 
-def check_positive_int(name, value, meaning, instead="Pass at least 1.", below=2**63):
+def check_positive_int(name, value, meaning, instead=None, below=2**63):
     """Returns `value` as a Python int, or raises if it is not a whole number of at least 1.
 
     Args:
@@ -15,6 +15,7 @@ def check_positive_int(name, value, meaning, instead="Pass at least 1.", below=2
         value: What the caller passed.
         meaning: What one unit of it is, for the message ("micro-batches per update").
         instead: A sentence, what to pass in place of a number below 1, for the message.
+            None: that 1 or more will do.
         below: The smallest integer that is too large. By default, what int64 does not hold.
 
     Raises:
@@ -28,6 +29,7 @@ def check_positive_int(name, value, meaning, instead="Pass at least 1.", below=2
             f"Pass a whole number such as {name}=8."
         )
     if value < 1:
+        instead = instead or f"Pass {name}=1 or more."
         raise ValueError(f"{rule} Received: {name}={value!r}. {instead}")
     if value >= below:
         raise ValueError(

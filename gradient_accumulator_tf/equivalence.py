@@ -165,9 +165,7 @@ def check_equivalence(
         lambda a: None if a is None else np.asarray(a), (x, y, sample_weight)
     )
     way = _Way(model, make, micro_batch_size, accum_steps)
-    instead = "Pass updates=1 to compare after the first."
-    updates = check_positive_int("updates", updates, "updates to make", instead)
-    order = _order(data, batch_size, updates)
+    order = _order(data, batch_size, check_positive_int("updates", updates, "updates to make"))
     size, tolerance = order.shape[1], check_number("tolerance", tolerance)
     first, one = [v.numpy() for v in model.weights], _rows(data, slice(0, 1))[0]
 
@@ -273,8 +271,7 @@ class _Way:
                 f"{received}."
             )
         else:
-            instead = f"Pass how to accumulate, such as {given[0]}=8."
-            check_positive_int(given[0], self._arguments[given[0]], "how to accumulate", instead)
+            check_positive_int(given[0], self._arguments[given[0]], "how to accumulate")
         overridden = overridden_methods(model)
         by_optimizer = self._own is not None or overridden
         self.wrapper = "model" if self._is_wrapped or not by_optimizer else "optimizer"
@@ -392,10 +389,7 @@ def _order(data, batch_size, updates):
     examples = _examples(data)
     size = examples
     if batch_size is not None:
-        instead = "Leave it out to take all of `x` as one effective batch."
-        size = check_positive_int(
-            "batch_size", batch_size, "examples of an effective batch", instead
-        )
+        size = check_positive_int("batch_size", batch_size, "examples of an effective batch", "")
     if size > examples:
         raise ValueError(
             "`x` must have at least one effective batch. Received: "

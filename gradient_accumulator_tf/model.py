@@ -56,8 +56,8 @@ from gradient_accumulator_tf.non_finite import (
 from gradient_accumulator_tf.optimizer import (
     GradientAccumulateOptimizer,
     accumulating_optimizer,
-    check_does_not_accumulate,
 )
+from gradient_accumulator_tf.optimizer_wrapper import parts_of
 from gradient_accumulator_tf.replicas import (
     check_made_under,
     check_strategy,
@@ -799,12 +799,16 @@ class GradientAccumulateModel(ModelWrapper):
             )
 
     def _check_optimizer_does_not_accumulate(self, optimizer):
-        check_does_not_accumulate(
-            optimizer,
-            "The model accumulates, so its optimizer must not do it as well.",
-            "Leave that out.",
-            f" for a model with micro_batch_size={self.micro_batch_size}",
-        )
+        """For `micro_batch_size`. A `MultiOptimizer` may know its parts only once it is built."""
+        for part in parts_of(optimizer):
+            for name in ("gradient_accumulation_steps", "accum_steps"):
+                steps = getattr(part, name, None)
+                if steps:
+                    raise ValueError(
+                        "The model accumulates, so its optimizer must not do it as well. Received: "
+                        f"{type(part).__name__}({name}={steps}) for a model with micro_batch_size="
+                        f"{self.micro_batch_size}. Leave that out."
+                    )
 
     @property
     def _accumulating_optimizer(self):
@@ -870,6 +874,10 @@ class GradientAccumulateModel(ModelWrapper):
         )
         steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
         return cls(**{**config, "model": model, "accum_steps": steps})
+
+
+# Legacy HDF5 files name a model's class without the package that it is registered under.
+keras.saving.get_custom_objects()["GradientAccumulateModel"] = GradientAccumulateModel
 
 
 def _counted_if_finite(value, weight):

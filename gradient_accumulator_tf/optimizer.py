@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf._checks import check_choice, check_steps
+from gradient_accumulator_tf._checks import check_choice, check_positive_int
 from gradient_accumulator_tf.accumulator import GradientAccumulator, counter
 from gradient_accumulator_tf.conditional import run_on_replicas_if
 from gradient_accumulator_tf.gradient_sums import Contribution, received_of, scale_gradient
@@ -21,7 +21,7 @@ from gradient_accumulator_tf.non_finite import (
     check_non_finite,
     without_non_finite,
 )
-from gradient_accumulator_tf.optimizer_wrapper import OptimizerWrapper, check_optimizer, parts_of
+from gradient_accumulator_tf.optimizer_wrapper import OptimizerWrapper, check_optimizer
 from gradient_accumulator_tf.replicas import check_made_under, check_strategy, number_of_replicas
 from gradient_accumulator_tf.schedules import (
     check_accum_steps,
@@ -145,6 +145,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._updates_running = 0
         self._followers = tuple
         self._state_to_load = None
+        self._weights_to_set = None
         self._strategy = tf.distribute.get_strategy()
 
     @property
@@ -172,7 +173,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 f"Compile with {type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), "
                 "which keeps the inner optimizer's state."
             )
-        value = check_steps(value, "micro-batches per update")
+        value = check_positive_int("accum_steps", value, "micro-batches per update")
         if self.built and self._accumulator is None and value > 1:
             raise ValueError(
                 "An optimizer that was built with accum_steps=1 keeps no sums, and cannot begin to "
@@ -239,11 +240,18 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
     @property
     def variables(self):
-        """The inner optimizer's variables, then those of the cycle, the same from build on.
+        """The inner optimizer's variables, then those of the cycle.
 
-        A `LossScaleOptimizer` saves them by number. The sums for further denominators, which
-        come with the losses that need them, are saved by name in `save_own_variables`.
+        The same from build on, but for the sums for further denominators, which come with the
+        losses that need them, and of which a `LossScaleOptimizer` is not told: it saves by number.
         """
+        further = []
+        if self._accumulator is not None and self._loss_scaler is None:
+            further = self._accumulator.variables_of_further_groups
+        return [*self._variables_from_build, *further]
+
+    @property
+    def _variables_from_build(self):
         if self._accumulator is None:
             return self.inner_optimizer.variables
         steps = [] if self._next_steps is None else [self._next_steps]
@@ -263,11 +271,12 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         if self.built:
             return
         variables = list(variables)
+        if not variables:
+            return  # as where Keras loads a legacy HDF5 file, before it knows of any
         check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
         with outside_of_tracing():
             if not self.inner_optimizer.built:
                 self.inner_optimizer.build(variables)
-        _check_inner_does_not_accumulate(self.inner_optimizer)
         self._trainable_variables = variables
         self._trained_anyway = set()
         self._trainable_variables_indices = {
@@ -286,6 +295,23 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             with tf.init_scope():
                 self._load_state(self._state_to_load)
             self._state_to_load = None
+        if self._weights_to_set is not None:
+            weights, self._weights_to_set = self._weights_to_set, None
+            with tf.init_scope():
+                self.set_weights(weights)
+
+    def set_weights(self, weights):
+        """Sets `variables` from a list of arrays in the same order; before `build`, at `build`.
+
+        The list may hold the sums of an open cycle for more denominators than there are yet.
+        """
+        if not self.built:
+            # Past `__setattr__`, which would take the list for state to save.
+            vars(self)["_weights_to_set"] = [np.array(w) for w in weights]
+            return
+        if self._accumulator is not None and len(weights) > len(self.variables):
+            self._accumulator.make_groups_for(len(weights) - len(self._variables_from_build))
+        super().set_weights(weights)
 
     def rebuild(self, variables):
         """Takes variables that it was not built with, and keeps what it knows of the others.
@@ -641,29 +667,6 @@ def accumulating_optimizer(optimizer):
     return optimizer if isinstance(optimizer, GradientAccumulateOptimizer) else None
 
 
-def check_does_not_accumulate(optimizer, rule, instead, where=""):
-    """Raises ValueError if an optimizer accumulates, or one that it is made of.
-
-    A `MultiOptimizer` around a function knows what it is made of only once it is built.
-
-    Args:
-        optimizer: A Keras optimizer.
-        rule: A sentence, for the message.
-        instead: A sentence, what to do instead.
-        where: What the optimizer is for, for the message.
-    """
-    for part in parts_of(optimizer):
-        if isinstance(part, GradientAccumulateOptimizer):
-            found = f"GradientAccumulateOptimizer(accum_steps={part.accum_steps})"
-        elif part.gradient_accumulation_steps:
-            steps = part.gradient_accumulation_steps
-            found = f"{type(part).__name__}(gradient_accumulation_steps={steps})"
-        else:
-            continue
-        holder = "" if part is optimizer else f" within {type(optimizer).__name__}"
-        raise ValueError(f"{rule} Received: {found}{holder}{where}. {instead}")
-
-
 def _hidden(function):
     """The same function, as one that a checkpoint does not take for state."""
     return lambda *args: function(*args)
@@ -677,13 +680,15 @@ def _checked_inner_optimizer(optimizer):
             "`optimizer` must not be a GradientAccumulateOptimizer itself. Received: one with "
             f"accum_steps={optimizer.accum_steps}. Wrap once, with the product of the two."
         )
-    _check_inner_does_not_accumulate(optimizer)
+    for inner in getattr(optimizer, "optimizers", [optimizer]):
+        if inner.gradient_accumulation_steps:
+            raise ValueError(
+                "The inner optimizer must not accumulate itself. Received: "
+                f"{type(inner).__name__}(gradient_accumulation_steps="
+                f"{inner.gradient_accumulation_steps}). Leave that argument out and pass "
+                "accum_steps instead."
+            )
     return optimizer
-
-
-def _check_inner_does_not_accumulate(optimizer):
-    rule = "The inner optimizer must not accumulate itself."
-    check_does_not_accumulate(optimizer, rule, "Leave that out and pass accum_steps instead.")
 
 
 _compat.route_loss_scaling(GradientAccumulateOptimizer)

@@ -114,14 +114,14 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
 
 
 def parts_of(optimizer):
-    """Yields what an optimizer is made of: those in it, innermost first, then itself.
-
-    Those in a wrapper of one, and in a `MultiOptimizer`.
-    """
-    inner = getattr(optimizer, "inner_optimizer", None)
-    for part in getattr(optimizer, "optimizers", ()) if inner is None else (inner,):
-        yield from parts_of(part)
+    """An optimizer and all that it is made of: inner ones, and those of a `MultiOptimizer`."""
     yield optimizer
+    inner = [getattr(optimizer, "inner_optimizer", None)]
+    if not isinstance(optimizer, OptimizerWrapper):  # which passes on its inner one's
+        inner += getattr(optimizer, "optimizers", [])
+    for part in inner:
+        if part is not None:
+            yield from parts_of(part)
 
 
 def check_optimizer(optimizer, place):
