@@ -518,6 +518,11 @@ def held_layers(layer):
     return [held for value in _attributes(layer).values() for held in _layers_in(value)]
 
 
+def attributes_of(layer):
+    """Dict of a layer's attributes, without what Keras and TensorFlow list; see `held_layers`."""
+    return _attributes(layer)
+
+
 def _attributes(layer):
     return {
         name: value

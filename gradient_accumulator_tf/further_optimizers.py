@@ -4,21 +4,19 @@ import warnings
 
 import keras
 
+from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf.optimizer import accumulating_optimizer
 from gradient_accumulator_tf.optimizer_wrapper import parts_of
 
 
-def optimizers_in(attributes):
+def optimizers_of(model):
     """The optimizers in a model's attributes, and in lists, tuples and dicts there.
-
-    Args:
-        attributes: Dict of values by their names.
 
     Returns:
         Dict of optimizers by the name that their attribute goes by, such as "critics[0]".
     """
     found = {}
-    for name, value in attributes.items():
+    for name, value in _compat.attributes_of(model).items():
         if isinstance(value, keras.optimizers.Optimizer):
             found[name] = value
         elif isinstance(value, (list, tuple, dict)):
@@ -45,7 +43,7 @@ def warn_of_those_that_do_not_accumulate(model, compiled, accum_steps):
     own = [] if compiled is None else [id(part) for part in parts_of(compiled)]
     plain = {
         name: optimizer
-        for name, optimizer in optimizers_in(vars(model)).items()
+        for name, optimizer in optimizers_of(model).items()
         if id(optimizer) not in own and accumulating_optimizer(optimizer) is None
     }
     if plain:

@@ -22,7 +22,7 @@ from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
 from gradient_accumulator_tf.conditional import across_replicas
 from gradient_accumulator_tf.exact_batch_norm import ExactBatchNorm
 from gradient_accumulator_tf.further_optimizers import (
-    optimizers_in,
+    optimizers_of,
     warn_of_those_that_do_not_accumulate,
 )
 from gradient_accumulator_tf.gradient_sums import (
@@ -477,7 +477,7 @@ class GradientAccumulateModel(ModelWrapper):
         To be called at the end of a loop of `train_on_batch`; `fit` does it by itself. Optimizers
         that a subclass keeps in further attributes are flushed as well.
         """
-        for optimizer in optimizers_in(vars(self)).values():
+        for optimizer in optimizers_of(self).values():
             accumulating = accumulating_optimizer(optimizer)
             if accumulating is not None:
                 accumulating.flush()

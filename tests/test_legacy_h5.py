@@ -120,7 +120,7 @@ def test_model_checkpoint(way, tmp_path):
 def test_under_mixed_precision_the_weights_load_as_by_plain_keras(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        model = made("accum_steps", functional)
+        model = made("accum_steps", dense_model)
         train(model, 0, 2)
         loaded = loaded_from(model, tmp_path)
         assert difference(loaded.get_weights(), model.get_weights()) == 0.0
