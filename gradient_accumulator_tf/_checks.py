@@ -4,8 +4,6 @@ import difflib
 import math
 import numbers
 
-import tensorflow as tf
-
 
 def check_positive_int(name, value, meaning, instead=None, below=2**63):
     """Returns `value` as a Python int, or raises if it is not a whole number of at least 1.
@@ -58,36 +56,6 @@ def check_number(name, value):
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{rule} Received: {name}={value!r}.")
     return float(value)
-
-
-def check_scalar(function, value, rule, instead, integer=False):
-    """Returns what a user's function returned as a tensor, or raises if it is no number.
-
-    Args:
-        function: Name of the function, for the message.
-        value: What it returned.
-        rule: What it must return, for the message.
-        instead: A sentence, what to return instead.
-        integer: Whether an integer will do.
-
-    Raises:
-        TypeError: If `value` is not a real number, or a tensor of such.
-        ValueError: If it has dimensions.
-    """
-    rule = f"`{function}` must return {rule}."
-    try:
-        tensor = tf.convert_to_tensor(value)
-        real = tensor.dtype.is_floating or (integer and tensor.dtype.is_integer)
-    except (TypeError, ValueError):
-        real = False
-    if not real:
-        raise TypeError(f"{rule} Received: {value!r} (of type {type(value).__name__}). {instead}")
-    if tensor.shape.rank not in (0, None):
-        raise ValueError(
-            f"{rule} Received: a tensor of shape {tensor.shape} and dtype {tensor.dtype.name}. "
-            f"{instead}"
-        )
-    return tensor
 
 
 def check_choice(name, value, choices):

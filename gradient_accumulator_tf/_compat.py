@@ -117,10 +117,11 @@ def replaced_losses(model, replace):
 
     The metrics that Keras keeps per output are left alone meanwhile: they are to be told the
     effective batch's loss, not a micro-batch's. `CompileLoss._flat_losses` and `_metrics`
-    (Keras 3.8 to 3.15); the model must be built for training. Yields the number of losses.
+    (Keras 3.8 to 3.15); the model must be built for training. Yields the number of losses, which
+    is 0 where a `compute_loss` of the model's own calls none of them.
     """
     compiled = model._compile_loss
-    if compiled is None:
+    if compiled is None or compiled._flat_losses is None:
         yield 0
         return
     losses, metrics = compiled._flat_losses, list(compiled._metrics)

@@ -13,7 +13,6 @@ from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import (
     check_choice,
     check_positive_int,
-    check_scalar,
     refuse_arguments,
     similar_name,
 )
@@ -689,17 +688,11 @@ class GradientAccumulateModel(ModelWrapper):
             recorder = LossRecorder(tape, same_shapes=within_step)
             with _compat.replaced_losses(self, recorder.replace):
                 loss = _compat.compute_loss(self, x, y, y_pred, sample_weight)
-            instead = "Return a mean or a sum, such as keras.ops.mean(loss)."
-            loss = check_scalar("compute_loss", loss, "a scalar of a floating dtype", instead)
         terms = with_coefficients(recorder.terms, tape, loss)
         weight, share = self.micro_batch_weight(x, y, sample_weight), None
         if weight is None:
             weight = batch_size(data)
             share = None if total is None else tf.cast(weight, total.dtype) / total
-        else:
-            rule = "a scalar >= 0, what the micro-batch counts for, or None"
-            instead = "Return for example keras.ops.sum(mask)."
-            weight = check_scalar("micro_batch_weight", weight, rule, instead, integer=True)
         return _Loss(tape, y_pred, loss, terms, weight, share)
 
     def _gradient_scale(self, dtype):

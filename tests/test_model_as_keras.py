@@ -338,3 +338,30 @@ def test_the_warning_is_given_under_a_strategy_too():
     with mirrored().scope():
         with pytest.warns(UserWarning, match="d_optimizer"):
             trained_gan(lambda: keras.optimizers.SGD(0.1), size=4)
+
+
+def own_loss(base, *args, **kwargs):
+    """A dense model of class `base` with a loss of its own, which calls none that is compiled."""
+
+    class Own(base):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return tf.reduce_mean(tf.abs(y_pred - y))
+
+    inner = dense_model()
+    return Own(inner.inputs, inner.outputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_of_ones_own_ignores_the_compiled_one_as_in_keras(mode):
+    x, y, _ = regression_data(EFFECTIVE)
+    value, size = (3, 4) if mode == "accum_steps" else (4, EFFECTIVE)
+    weights = []
+    for model, batch_size in (
+        (own_loss(keras.Model), EFFECTIVE),
+        (own_loss(GradientAccumulateModel, **{mode: value}), size),
+    ):
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.fit(x, y, batch_size, shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    assert difference(*weights) < 1e-6
+    assert difference(weights[0], dense_model().get_weights()) > 1e-3
