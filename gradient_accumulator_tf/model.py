@@ -216,11 +216,10 @@ class GradientAccumulateModel(ModelWrapper):
     Raises:
         TypeError: If `accum_steps` is neither an integer nor a schedule, `micro_batch_size` not
             an integer, or `model` not a Keras 3 model.
-        ValueError: If not exactly one of the two is given, or an argument that is not known, if
-            `batch_norm="exact"` is given with
-            `accum_steps`, if `model` is given together with
-            `inputs`, `outputs` or a `call` of its own, if `model` overrides a training method,
-            or under a ParameterServerStrategy or CentralStorageStrategy.
+        ValueError: If not exactly one of the two is given, or an argument that is not known; if
+            `batch_norm="exact"` is given with `accum_steps`; if `model` is given together with
+            `inputs`, `outputs` or a `call` of its own, accumulates by itself, or overrides a
+            training method; or under a ParameterServerStrategy or CentralStorageStrategy.
     """
 
     def __init__(

@@ -81,9 +81,9 @@ class ModelWrapper(keras.Model):
     @property
     def input_dtype(self):
         """The dtype of the wrapped model's inputs, or of inputs to a layer of this policy."""
-        inputs = getattr(self.model, "inputs", None) or ()
-        dtypes = {tensor.dtype for tensor in inputs}
-        return dtypes.pop() if len(dtypes) == 1 else super().input_dtype
+        graph = self.model is not None and _compat.is_functional(self.model) and self.model.built
+        dtypes = {tensor.dtype for tensor in self.model.inputs} if graph else ()
+        return next(iter(dtypes)) if len(dtypes) == 1 else super().input_dtype
 
     @property
     def _default_save_signature(self):
