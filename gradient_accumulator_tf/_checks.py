@@ -4,8 +4,11 @@ import difflib
 import math
 import numbers
 
+# What an int64 variable counts to.
+LARGEST_INT = 2**63 - 1
 
-def check_positive_int(name, value, meaning, instead=None, below=2**63):
+
+def check_positive_int(name, value, meaning, instead=None, largest=LARGEST_INT):
     """Returns `value` as a Python int, or raises if it is not a whole number of at least 1.
 
     Args:
@@ -14,11 +17,11 @@ def check_positive_int(name, value, meaning, instead=None, below=2**63):
         meaning: What one unit of it is, for the message ("micro-batches per update").
         instead: A sentence, what to pass in place of a number below 1, for the message.
             None: that 1 or more will do.
-        below: The smallest integer that is too large. By default, what int64 does not hold.
+        largest: What `value` may be at most.
 
     Raises:
         TypeError: If `value` is not an integer (a bool is not).
-        ValueError: If it is smaller than 1, or not below `below`.
+        ValueError: If it is smaller than 1, or larger than `largest`.
     """
     rule = f"`{name}` must be an integer >= 1 ({meaning})."
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -29,11 +32,8 @@ def check_positive_int(name, value, meaning, instead=None, below=2**63):
     if value < 1:
         instead = instead or f"Pass {name}=1 or more."
         raise ValueError(f"{rule} Received: {name}={value!r}. {instead}")
-    if value >= below:
-        raise ValueError(
-            f"`{name}` must be an integer from 1 to {below - 1} ({meaning}), as TensorFlow counts "
-            f"in int{below.bit_length()}. Received: {name}={value!r}. Pass a smaller number."
-        )
+    if value > largest:
+        raise ValueError(f"{rule} Received: {name}={value!r}. Pass at most {largest}.")
     return int(value)
 
 

@@ -121,7 +121,7 @@ def _check_arguments(owner, first, others):
 def _checked_micro_batch_size(value):
     instead = "Pass as many examples as fit into memory at once, such as micro_batch_size=8."
     return check_positive_int(
-        "micro_batch_size", value, "examples per micro-batch", instead, below=2**31
+        "micro_batch_size", value, "examples per micro-batch", instead, largest=2**31 - 1
     )
 
 

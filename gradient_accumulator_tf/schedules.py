@@ -1,13 +1,12 @@
 """How many micro-batches an update takes, as a function of the update."""
 
-import contextlib
 import numbers
 from collections.abc import Mapping
 
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf._checks import check_steps
+from gradient_accumulator_tf._checks import LARGEST_INT, check_steps
 
 # A schedule is asked for these updates when it is made: mistakes show before the training.
 _PROBED_UPDATES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -89,14 +88,20 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
             "`accum_steps` as a dict must map the first update (integer >= 0) of each phase to its "
             "steps (integer >= 1)"
         )
-        phases = steps
-        if isinstance(steps, (list, tuple)):
-            # Pairs, as in the config, since JSON has no integers for keys.
-            with contextlib.suppress(TypeError, ValueError):
-                phases = dict(steps)
-        if not isinstance(phases, Mapping):
+        pairs = isinstance(steps, (list, tuple)) and all(
+            isinstance(phase, (list, tuple)) and len(phase) == 2 for phase in steps
+        )
+        if pairs:
+            updates = [phase[0] for phase in steps]
+            if any(updates.count(update) > 1 for update in updates):
+                raise ValueError(
+                    f"{rule}, each update once. Received: {steps!r}. Pass for example "
+                    "{0: 1, 1000: 8}."
+                )
+            # As in the config, since JSON has no integers for keys.
+            steps = {_hashable(update): number for update, number in steps}
+        if not isinstance(steps, Mapping):
             raise TypeError(f"{rule}. Received: {steps!r}. Pass for example {{0: 1, 1000: 8}}.")
-        steps = phases
         for update in steps:
             if isinstance(update, bool) or not isinstance(update, numbers.Integral):
                 raise TypeError(
@@ -108,10 +113,9 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
                 f"{rule}, and begin with update 0. Received: accum_steps={dict(steps)!r}. Pass for "
                 "example {0: 1, 1000: 8}."
             )
-        if max(steps) >= 2**63:
+        if max(steps) > LARGEST_INT:
             raise ValueError(
-                f"{rule}, of which TensorFlow counts {2**63 - 1} at most. Received: the update "
-                f"{max(steps)}. Pass for example {{0: 1, 1000: 8}}."
+                f"{rule}. Received: the update {max(steps)}. Pass at most {LARGEST_INT}."
             )
         self.steps = {
             int(update): check_steps(steps[update], f"from update {update}")
@@ -130,6 +134,10 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
     def get_config(self):
         """The phases, as pairs."""
         return {"steps": [list(phase) for phase in self.steps.items()]}
+
+
+def _hashable(update):
+    return tuple(update) if isinstance(update, list) else update
 
 
 def check_accum_steps(value, meaning):

@@ -1,8 +1,5 @@
 """Each whole number that is too small is refused with what to pass instead of that argument."""
 
-import re
-
-import keras
 import numpy as np
 import pytest
 
@@ -72,29 +69,16 @@ def test_a_number_of_steps_that_is_set_has_the_same_remedy():
 
 def test_integers_have_an_upper_end():
     assert check_positive_int("n", 2**63 - 1, "things") == 2**63 - 1
-    with pytest.raises(ValueError, match=f"1 to {2**63 - 1} .things.*int64.*n={2**63}"):
+    with pytest.raises(ValueError, match=f"n={2**63}. Pass at most {2**63 - 1}"):
         check_positive_int("n", 2**63, "things")
-    with pytest.raises(ValueError, match=f"1 to {2**31 - 1} .*int32.*n={2**31}"):
-        check_positive_int("n", 2**31, "things", below=2**31)
-
-
-@pytest.mark.parametrize("steps", [[1, 2], [(0,)], [[0, 1, 2]], [[[], 1]], 3, "ab", None], ids=repr)
-def test_a_schedule_of_phases_is_a_dict(steps):
-    received = re.escape(f"Received: {steps!r}. Pass for example {{0: 1, 1000: 8}}")
-    with pytest.raises(TypeError, match=f"must map the first update.*{received}"):
-        PiecewiseConstantSteps(steps)
+    with pytest.raises(ValueError, match=r"n=8\. Pass at most 7"):
+        check_positive_int("n", 8, "things", largest=7)
 
 
 @pytest.mark.parametrize("steps", [{0: 1, 2**63: 2}, {0: 1, 5: 2**63}])
 def test_a_schedule_of_phases_holds_what_tensorflow_can_count(steps):
-    with pytest.raises(ValueError, match=f"{2**63 - 1}.*Received: .*{2**63}"):
+    with pytest.raises(ValueError, match=f"Received: .*{2**63}. Pass at most {2**63 - 1}"):
         PiecewiseConstantSteps(steps)
-
-
-def test_a_schedule_of_phases_may_be_pairs():
-    assert PiecewiseConstantSteps([[0, 1], (5, 2)]).steps == {0: 1, 5: 2}
-    config = keras.saving.serialize_keras_object(PiecewiseConstantSteps({0: 1, 5: 2}))
-    assert keras.saving.deserialize_keras_object(config).steps == {0: 1, 5: 2}
 
 
 def test_a_slip_is_known_again():
