@@ -47,10 +47,6 @@ class ModelWrapper(keras.Model):
         self.model = wrapped
         if wrapped is not None:
             self.built = wrapped.built
-            if wrapped.built and _compat.is_functional(wrapped):
-                # TFLite looks for it in a model that is no graph of layers. Keras writes it when
-                # it builds one, which this one need not be.
-                self._build_shapes_dict = {"input_shape": wrapped.input_shape}
 
     def call(self, inputs, training=None):
         """Calls the wrapped model; a subclass without one defines its own."""
@@ -84,6 +80,21 @@ class ModelWrapper(keras.Model):
         graph = self.model is not None and _compat.is_functional(self.model) and self.model.built
         dtypes = {tensor.dtype for tensor in self.model.inputs} if graph else ()
         return next(iter(dtypes)) if len(dtypes) == 1 else super().input_dtype
+
+    @property
+    def _build_shapes_dict(self):
+        # TFLite looks for it in a model that is no graph of layers. Keras writes it when it builds
+        # one, which the wrapper need not be.
+        model = vars(self).get("model")
+        if model is None:
+            return vars(self).get("_build_shapes_dict")
+        if model.built and _compat.is_functional(model):
+            return {"input_shape": model.input_shape}
+        return model._build_shapes_dict
+
+    @_build_shapes_dict.setter
+    def _build_shapes_dict(self, value):
+        vars(self)["_build_shapes_dict"] = value
 
     @property
     def _default_save_signature(self):

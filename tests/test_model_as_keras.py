@@ -151,6 +151,17 @@ def test_a_saved_model_has_the_plain_models_signature(make, mode, tmp_path):
     np.testing.assert_allclose(served, expected, atol=1e-6)
 
 
+def test_inputs_of_several_dtypes_are_in_the_signature(tmp_path):
+    inputs = {"a": keras.Input((2,), name="a"), "b": keras.Input((2,), name="b", dtype="int32")}
+    hidden = keras.layers.Flatten()(keras.layers.Embedding(5, 1)(inputs["b"]))
+    plain = keras.Model(inputs, keras.layers.Concatenate()([inputs["a"], hidden]))
+    model, _ = accumulating("accum_steps", plain)
+    tf.saved_model.save(model, str(tmp_path))
+    signature = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
+    specs = signature.structured_input_signature[1].values()
+    assert sorted(spec.dtype.name for spec in specs) == ["float32", "int32"]
+
+
 @pytest.mark.skipif(
     tuple(map(int, tf.__version__.split(".")[:2])) < (2, 20),
     reason="the converter of older TensorFlow crashes on plain Keras models too",
