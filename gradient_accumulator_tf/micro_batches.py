@@ -85,7 +85,8 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
     if has_rest or even:
         turns = examples // micro_batch_size
     else:
-        turns = tf.maximum((examples + micro_batch_size - 1) // micro_batch_size, least)
+        # Rounded up without a sum with the micro-batch's size, which int32 need not hold.
+        turns = tf.maximum(-(-examples // micro_batch_size), least)
 
     def size_at(turn):
         if even:

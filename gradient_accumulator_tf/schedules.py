@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf._checks import check_positive_int
+from gradient_accumulator_tf._checks import LARGEST_INT, check_steps
 
 # A schedule is asked for these updates when it is made: mistakes show before the training.
 _PROBED_UPDATES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -113,8 +113,12 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
                 f"{rule}, and begin with update 0. Received: accum_steps={dict(steps)!r}. Pass for "
                 "example {0: 1, 1000: 8}."
             )
+        if max(steps) > LARGEST_INT:
+            raise ValueError(
+                f"{rule}. Received: the update {max(steps)}. Pass at most {LARGEST_INT}."
+            )
         self.steps = {
-            int(update): check_positive_int("accum_steps", steps[update], f"from update {update}")
+            int(update): check_steps(steps[update], f"from update {update}")
             for update in sorted(steps)
         }
 
@@ -151,7 +155,7 @@ def check_accum_steps(value, meaning):
     if isinstance(value, Mapping):
         return PiecewiseConstantSteps(value)
     if not callable(value):
-        return check_positive_int("accum_steps", value, meaning)
+        return check_steps(value, meaning)
     rule = (
         "A schedule of `accum_steps` must take the number of updates and return an integer >= 1 "
         f"({meaning})."
