@@ -2,7 +2,11 @@
 
 import keras
 
-_TRAINER_METHODS = (
+from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf.twin import make_twin
+
+# Those that take part in a training step, which is the wrapper's own.
+_STEP_METHODS = (
     "train_step",
     "test_step",
     "predict_step",
@@ -14,8 +18,10 @@ _TRAINER_METHODS = (
 class ModelWrapper(keras.Model):
     """Base of a model that trains another one in its own way, or has a `call` of its own.
 
-    Around a model, layers and variables are that model's own, and what is not found on the
-    wrapper is looked up on it.
+    Around a model, layers, variables and metrics are that model's own, and what is not found on the
+    wrapper is looked up on it, and set on it. Where the model's class has a `fit`, a `compile` or
+    another training method of its own, that is the wrapper's too: its `super().fit` ends in the
+    wrapper's class, as if it were derived from it.
 
     Args:
         inputs: Inputs of a functional model, as for `keras.Model`.
@@ -41,8 +47,12 @@ class ModelWrapper(keras.Model):
         self.model = wrapped
         if wrapped is not None:
             self.built = wrapped.built
+            # Past Keras, which would track and save the twin as a layer.
+            vars(self)["_twin"] = twin = make_twin(wrapped, self)
+            for name in _overridden(wrapped, _compat.trainer_methods()):
+                vars(self)[name] = getattr(twin, name)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, *args, training=None, **kwargs):
         """Calls the wrapped model; a subclass without one defines its own."""
         if self.model is None:
             raise NotImplementedError(
@@ -50,7 +60,12 @@ class ModelWrapper(keras.Model):
                 "Pass model=..., or inputs=... and outputs=..., or override `call`."
             )
         # Layers take `training` from the outermost call.
-        return self.model(inputs)
+        return self.model(inputs, *args, **kwargs)
+
+    @property
+    def metrics(self):
+        """As of a plain model, with the metrics that are attributes of the wrapped one."""
+        return super().metrics if self.model is None else [*self._twin.metrics, *self._metrics]
 
     @property
     def layers(self):
@@ -74,26 +89,37 @@ class ModelWrapper(keras.Model):
         return super()._obj_type() if self.model is None else self.model._obj_type()
 
     def __getattr__(self, name):
-        model = self.__dict__.get("model")
-        if model is None or name.startswith("_"):
+        if not self._is_looked_up(name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(model, name)
+        return getattr(self._twin, name)
+
+    def __setattr__(self, name, value):
+        own = name in vars(self) or hasattr(type(self), name) or not self._is_looked_up(name)
+        if own or not hasattr(self._twin, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._twin, name, value)
+
+    def _is_looked_up(self, name):
+        """Whether an attribute that the wrapper does not have is the wrapped model's."""
+        own = name.startswith("_") or name in _compat.TRAINER_ATTRIBUTES
+        return not own and "_twin" in vars(self)
 
     def __dir__(self):
         # Keras saves what it finds here, and is to find what is in the plain model.
         model = self.__dict__.get("model")
         if model is None:
             return super().__dir__()
-        return sorted({*super().__dir__(), *dir(model)} - {"model"})
+        return sorted({*super().__dir__(), *dir(model)} - {"model", "_twin"})
 
 
 def overridden_methods(model):
-    """Names of the training methods that a model's class has of its own."""
-    return [
-        name
-        for name in _TRAINER_METHODS
-        if getattr(type(model), name) is not getattr(keras.Model, name)
-    ]
+    """Names of the methods of a training step that a model's class has of its own."""
+    return _overridden(model, _STEP_METHODS)
+
+
+def _overridden(model, names):
+    return [name for name in names if getattr(type(model), name) is not getattr(keras.Model, name)]
 
 
 def _wrapped_model(cls, inputs, outputs, model):
