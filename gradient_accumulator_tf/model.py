@@ -205,10 +205,10 @@ class GradientAccumulateModel(ModelWrapper):
         check_strategy()
         super().__init__(inputs, outputs, model, **kwargs)
         self._accum_steps = accum_steps
-        self.micro_batch_size = micro_batch_size
-        self.batch_norm = batch_norm
+        # Past `__setattr__`, as the wrapped model may have such attributes of its own.
+        vars(self).update(micro_batch_size=micro_batch_size, batch_norm=batch_norm)
+        vars(self).update(non_finite=non_finite)
         self._exact_batch_norm = None
-        self.non_finite = non_finite
         within_step = micro_batch_size is not None and non_finite != PROPAGATE
         self._drops = Drops() if within_step else None
 
@@ -289,7 +289,8 @@ class GradientAccumulateModel(ModelWrapper):
 
     def compile_from_config(self, config):
         """Compiles a loaded model; Keras asks for it where `compile` is overridden."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        # What was saved is what a wrapped model's own `compile` had handed on.
+        type(self).compile(self, **keras.saving.deserialize_keras_object(config))
         if self.built and self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 

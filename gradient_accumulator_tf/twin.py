@@ -7,6 +7,13 @@ import keras
 from gradient_accumulator_tf import _compat
 
 
+class _Unannounced:
+    """Keeps a class's `__init_subclass__` from what it does with classes that a user writes."""
+
+    def __init_subclass__(cls):
+        """Does nothing."""
+
+
 def make_twin(model, trainer):
     """`model` as an object of its class whose training methods end in `trainer`'s.
 
@@ -31,7 +38,7 @@ def make_twin(model, trainer):
             namespace[name] = _attribute_of(trainer, name)
 
     # Python puts `end` right before `keras.Model` in the order in which `super` looks.
-    bases = (end,) if cls is keras.Model else (cls, end)
+    bases = (_Unannounced, end) if cls is keras.Model else (_Unannounced, cls, end)
     twin = object.__new__(types.new_class(cls.__name__, bases, exec_body=fill))
     object.__setattr__(twin, "__dict__", vars(model))
     return twin
