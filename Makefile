@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs test-oldest benchmarks clean
+.PHONY: help demo test test-clients lint docs test-oldest benchmarks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -40,6 +40,16 @@ test: $(STAMP)  ## run the test suite, JOBS files at a time
 	@printf '%s\n' tests/test_*.py | xargs -P $(JOBS) -I FILE sh -c \
 		'eval "$(RUN) -m pytest $$PYTEST_ARGS FILE" || [ $$? -eq 5 ] || { echo "FAILED: FILE"; exit 1; }'
 
+# An environment of its own: these packages bring a hundred others, and constraints on versions.
+CLIENTS := .venv-clients
+$(CLIENTS)/.installed: setup.cfg
+	$(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients]'
+	@touch $@
+
+test-clients: $(CLIENTS)/.installed  ## run the tests with KerasHub, KerasTuner, MLflow and the like
+	$(CLIENTS)/bin/python -m pytest tests/clients $(PYTEST_ARGS)
+
 lint: $(STAMP)  ## check style and formatting
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
@@ -60,5 +70,5 @@ benchmarks: $(STAMP)  ## measure time, memory, traffic and batch norm
 	done; [ -z "$$failed" ] || { echo "FAILED:$$failed"; exit 1; }
 
 clean:  ## remove the environments, caches and builds
-	rm -rf .venv .nox .hypothesis .pytest_cache .ruff_cache build dist docs/_build *.egg-info
+	rm -rf .venv .venv-clients .nox .hypothesis .pytest_cache .ruff_cache build dist docs/_build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
