@@ -1,21 +1,27 @@
 """Argument checks with one form of message: the rule, what was received, what to do instead."""
 
+import difflib
 import math
 import numbers
 
+# What an int64 variable counts to.
+LARGEST_INT = 2**63 - 1
 
-def check_positive_int(name, value, meaning, instead="to train without accumulation"):
+
+def check_positive_int(name, value, meaning, instead=None, largest=LARGEST_INT):
     """Returns `value` as a Python int, or raises if it is not a whole number of at least 1.
 
     Args:
         name: Name of the argument, for the message.
         value: What the caller passed.
         meaning: What one unit of it is, for the message ("micro-batches per update").
-        instead: What the value 1 is for, for the message.
+        instead: A sentence, what to pass in place of a number below 1, for the message.
+            None: that 1 or more will do.
+        largest: What `value` may be at most.
 
     Raises:
         TypeError: If `value` is not an integer (a bool is not).
-        ValueError: If it is smaller than 1.
+        ValueError: If it is smaller than 1, or larger than `largest`.
     """
     rule = f"`{name}` must be an integer >= 1 ({meaning})."
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -24,8 +30,17 @@ def check_positive_int(name, value, meaning, instead="to train without accumulat
             f"Pass a whole number such as {name}=8."
         )
     if value < 1:
-        raise ValueError(f"{rule} Received: {name}={value!r}. Pass {name}=1 {instead}.")
+        instead = instead or f"Pass {name}=1 or more."
+        raise ValueError(f"{rule} Received: {name}={value!r}. {instead}")
+    if value > largest:
+        raise ValueError(f"{rule} Received: {name}={value!r}. Pass at most {largest}.")
     return int(value)
+
+
+def check_steps(value, meaning):
+    """`check_positive_int` for `accum_steps` of an optimizer or a model."""
+    instead = "Pass accum_steps=1 to train without accumulation."
+    return check_positive_int("accum_steps", value, meaning, instead)
 
 
 def check_number(name, value):
@@ -48,6 +63,11 @@ def check_choice(name, value, choices):
     if not isinstance(value, str) or value not in choices:
         known = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"`{name}` must be {known}. Received: {name}={value!r}.")
+
+
+def similar_name(name, names):
+    """The one of `names` that `name` may be a slip of, or None."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
 
 
 def refuse_arguments(owner, arguments, instead):

@@ -52,8 +52,8 @@ def check_installation():
             )
 
 
-# What a model keeps for `fit`: set by `Trainer.__init__`, `compile`, `fit`, `evaluate` and `predict`
-# (Keras 3.8 to 3.15), which give no other way to tell it from what the model keeps for itself.
+# What a model keeps for training, in `Trainer.__init__`, `compile`, `fit`, `evaluate` and `predict`
+# (Keras 3.8 to 3.15). Nothing public tells it from what the model keeps for itself.
 TRAINER_ATTRIBUTES = (
     "_compile_config",
     "_compile_loss",
@@ -165,10 +165,11 @@ def replaced_losses(model, replace):
 
     The metrics that Keras keeps per output are left alone meanwhile: they are to be told the
     effective batch's loss, not a micro-batch's. `CompileLoss._flat_losses` and `_metrics`
-    (Keras 3.8 to 3.15); the model must be built for training. Yields the number of losses.
+    (Keras 3.8 to 3.15); the model must be built for training. Yields the number of losses, which
+    is 0 where a `compute_loss` of the model's own calls none of them.
     """
     compiled = model._compile_loss
-    if compiled is None:
+    if compiled is None or compiled._flat_losses is None:
         yield 0
         return
     losses, metrics = compiled._flat_losses, list(compiled._metrics)
@@ -564,6 +565,11 @@ def held_layers(layer):
     3.8 to 3.15) and names that begin with `_self_` (TensorFlow 2.16 to 2.21).
     """
     return [held for value in _attributes(layer).values() for held in _layers_in(value)]
+
+
+def attributes_of(layer):
+    """Dict of a layer's attributes, without what Keras and TensorFlow list; see `held_layers`."""
+    return _attributes(layer)
 
 
 def _attributes(layer):

@@ -20,25 +20,33 @@ from gradient_accumulator_tf.variable_creation import outside_of_tracing
 @outside_of_tracing()
 def sum_variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
     """A zero variable of each replica's own; read outside a replica, and saved, is their sum."""
-    return tf.Variable(
+    variable = tf.Variable(
         tf.zeros(shape, dtype),
         trainable=False,
         synchronization=tf.VariableSynchronization.ON_READ,
         aggregation=aggregation,
         name=name,
     )
+    return _with_path(variable, name)
 
 
 @outside_of_tracing()
 def counter(name, value=0):
     """An int64 scalar variable that all replicas keep alike; read outside, and saved, as one."""
-    return tf.Variable(
+    variable = tf.Variable(
         tf.constant(value, tf.int64),
         trainable=False,
         synchronization=tf.VariableSynchronization.ON_READ,
         aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
         name=name,
     )
+    return _with_path(variable, name)
+
+
+def _with_path(variable, name):
+    """A TensorFlow variable with a `path`, by which Keras's legacy HDF5 files know variables."""
+    variable.path = f"gradient_accumulator/{name}"
+    return variable
 
 
 def _add_to(total, gradient, started):
@@ -174,6 +182,17 @@ class GradientAccumulator(tf.Module):
         return [*cycle, group.weight, group.received, *group.sums]
 
     @property
+    def variables_of_further_groups(self):
+        """List of the variables of all other groups, as many for each."""
+        return [v for g in self._groups[1:] for v in (g.weight, g.received, *g.sums)]
+
+    def make_groups_for(self, variables):
+        """Makes the groups of which `variables_of_further_groups` is as long as this, if any."""
+        number, rest = divmod(variables, 2 + len(self._shapes))
+        if rest == 0:
+            self.make_groups(1 + number)
+
+    @property
     def state(self):
         """Dict of name to `tf.Variable`: all that a checkpoint in mid-cycle must hold."""
         state = {
@@ -189,7 +208,7 @@ class GradientAccumulator(tf.Module):
 
     def load(self, state):
         """Sets `state` from a dict of arrays; what it does not hold becomes zero."""
-        self._make_groups(len({name.split(".")[0] for name in state if "." in name}))
+        self.make_groups(len({name.split(".")[0] for name in state if "." in name}))
         for name, variable in self.state.items():
             variable.assign(state.get(name, tf.zeros_like(variable)))
 
@@ -243,7 +262,7 @@ class GradientAccumulator(tf.Module):
                 "was it computed inside the `tf.GradientTape`?"
             )
         self.ever_received.update(present)
-        self._make_groups(len(contributions))
+        self.make_groups(len(contributions))
         # Backpropagation computes the last gradient first. Nothing may be counted before it is
         # there: the graph of a step also runs in the call that finds the data at its end.
         last = [c.gradients[present[-1]] for c in contributions]
@@ -318,6 +337,7 @@ class GradientAccumulator(tf.Module):
         for group in self._groups:
             group.reset()
 
-    def _make_groups(self, number):
+    def make_groups(self, number):
+        """Makes sums for `number` denominators, where there are fewer."""
         for i in range(len(self._groups), number):
             self._groups.append(_Group(self._shapes, self._overwritten, f"group_{i}"))

@@ -13,6 +13,12 @@ from gradient_accumulator_tf.conditional import run_on_replicas_if
 from gradient_accumulator_tf.replicas import sum_over_replicas
 
 
+def check_calls(accum_steps):
+    """Returns `accum_steps` of an `AccumBatchNorm` as an int; see `check_positive_int`."""
+    instead = "Pass accum_steps=1 to update the moving statistics in each training call."
+    return check_positive_int("accum_steps", accum_steps, "training calls per update", instead)
+
+
 def pooled_moments(count, first, second, shift):
     """Mean and variance of the union of samples, from sums over them that simply add up.
 
@@ -155,7 +161,7 @@ class AccumBatchNorm(keras.layers.BatchNormalization):
     """
 
     def __init__(self, accum_steps=1, **kwargs):
-        accum_steps = check_positive_int("accum_steps", accum_steps, "training calls per update")
+        accum_steps = check_calls(accum_steps)
         if kwargs.get("renorm"):
             raise ValueError(
                 "AccumBatchNorm cannot do batch renormalisation, which takes moving statistics of "

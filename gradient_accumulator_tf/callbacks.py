@@ -63,7 +63,8 @@ class ThroughputLogger(keras.callbacks.Callback):
 
     def __init__(self, batch_size):
         super().__init__()
-        meaning, instead = "examples in a batch of fit", "if fit takes single examples"
+        meaning = "examples in a batch of fit"
+        instead = "Pass the batch_size that fit is given."
         self.batch_size = check_positive_int("batch_size", batch_size, meaning, instead)
 
     def on_epoch_begin(self, epoch, logs=None):

@@ -7,9 +7,9 @@ import warnings
 import keras
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf._checks import check_positive_int
 from gradient_accumulator_tf.batch_norm import (
     AccumBatchNorm,
+    check_calls,
     is_known_batch_norm,
     is_like_batch_norm,
 )
@@ -107,7 +107,7 @@ def swap_batch_norm(model, to="accum", accum_steps=None):
         )
     _check_target(to)
     if accum_steps is not None:
-        accum_steps = check_positive_int("accum_steps", accum_steps, "training calls per update")
+        accum_steps = check_calls(accum_steps)
         if to != "accum":
             raise ValueError(
                 '`accum_steps` belongs to to="accum". Received: '

@@ -84,9 +84,17 @@ class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
 
     def __init__(self, learning_rate, batch_size, base_batch_size, accum_steps=1, rule="linear"):
         self.learning_rate = _checked_learning_rate(learning_rate)
-        self.batch_size = check_positive_int("batch_size", batch_size, "examples per batch")
+        self.batch_size = check_positive_int(
+            "batch_size",
+            batch_size,
+            "examples per batch",
+            "Pass the batch_size that fit is given.",
+        )
         self.base_batch_size = check_positive_int(
-            "base_batch_size", base_batch_size, "examples that the learning rate was found with"
+            "base_batch_size",
+            base_batch_size,
+            "examples that the learning rate was found with",
+            "Pass the batch size that the learning rate is for, such as base_batch_size=32.",
         )
         self.accum_steps = check_accum_steps(accum_steps, "batches per update")
         check_choice("rule", rule, tuple(_EXPONENTS))

@@ -124,7 +124,8 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
     if isinstance(examples, int) and not (even or has_rest):
         # Unknown to TensorFlow, which would take the first micro-batch's size for that of all.
         examples = tf.raw_ops.PlaceholderWithDefault(input=examples, shape=())
-    turns = (examples if has_rest or even else examples + micro_batch_size - 1) // micro_batch_size
+    # Rounded up without a sum with the micro-batch's size, which int32 need not hold.
+    turns = examples // micro_batch_size if has_rest or even else -(-examples // micro_batch_size)
 
     def size_at(turn):
         if even:

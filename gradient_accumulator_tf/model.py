@@ -1,6 +1,8 @@
 """GradientAccumulateModel: a Keras model whose `train_step` accumulates."""
 
 import functools
+import inspect
+import numbers
 import warnings
 from typing import Any, NamedTuple
 
@@ -8,11 +10,20 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf._checks import check_choice, check_positive_int
+from gradient_accumulator_tf._checks import (
+    check_choice,
+    check_positive_int,
+    refuse_arguments,
+    similar_name,
+)
 from gradient_accumulator_tf.batch_norm import AccumBatchNorm, led
 from gradient_accumulator_tf.callbacks import FlushAtEpochEnd
 from gradient_accumulator_tf.conditional import across_replicas
 from gradient_accumulator_tf.exact_batch_norm import ExactBatchNorm
+from gradient_accumulator_tf.further_optimizers import (
+    optimizers_of,
+    warn_of_those_that_do_not_accumulate,
+)
 from gradient_accumulator_tf.gradient_sums import (
     add_to_sums,
     largest,
@@ -45,6 +56,7 @@ from gradient_accumulator_tf.optimizer import (
     GradientAccumulateOptimizer,
     accumulating_optimizer,
 )
+from gradient_accumulator_tf.optimizer_wrapper import parts_of
 from gradient_accumulator_tf.replicas import (
     check_made_under,
     check_strategy,
@@ -81,6 +93,52 @@ class _Loss(NamedTuple):
     terms: list
     weight: Any
     share: Any
+
+
+_LAYER_ARGUMENTS = ("name", "trainable", "dtype", "autocast", "activity_regularizer")
+
+
+def _check_arguments(owner, first, others):
+    """Raises if the first argument is a number, or one of the others not known.
+
+    Keras refuses the latter as well, but after a mode was found to be missing, by a slip in it.
+    """
+    if isinstance(first, numbers.Number):
+        raise TypeError(
+            "The first argument must be a Keras model, or the inputs of one. Received: "
+            f"{first!r}. Pass it by its name: accum_steps={first!r} (batches per update) or "
+            f"micro_batch_size={first!r} (examples per micro-batch)."
+        )
+    own = inspect.signature(GradientAccumulateModel.__init__).parameters.values()
+    known = [p.name for p in own if p.kind not in (p.POSITIONAL_ONLY, p.VAR_KEYWORD)]
+    known += _LAYER_ARGUMENTS
+    unknown = {name: value for name, value in others.items() if name not in known}
+    similar = [similar for name in unknown if (similar := similar_name(name, known))]
+    advice = f"Did you mean {' and '.join(similar)}? " if similar else ""
+    refuse_arguments(owner, unknown, f"{advice}Its arguments are {', '.join(known)}.")
+
+
+def _checked_micro_batch_size(value):
+    instead = "Pass as many examples as fit into memory at once, such as micro_batch_size=8."
+    return check_positive_int(
+        "micro_batch_size", value, "examples per micro-batch", instead, largest=2**31 - 1
+    )
+
+
+def _fixed(name, doc):
+    """A property that can be read, and whose setting is refused with what to do instead."""
+
+    def get(self):
+        return getattr(self, f"_{name}")
+
+    def refuse(self, value):
+        raise AttributeError(
+            f"`{name}` is given when the model is made, and cannot be set. Received: "
+            f"{name}={value!r}, in place of {get(self)!r}. Make another model, around the same "
+            f"layers: GradientAccumulateModel(model.model, ..., {name}={value!r})."
+        )
+
+    return property(get, refuse, doc=doc)
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
@@ -130,8 +188,9 @@ class GradientAccumulateModel(ModelWrapper):
     are interchangeable, and what is not found on the wrapper is looked up on it.
 
     Args:
-        inputs: Inputs of a functional model, as for `keras.Model`.
-        outputs: Its outputs.
+        model_or_inputs: The model to train, as `model`; or `inputs`. By position.
+        outputs: Outputs of a functional model, as for `keras.Model`.
+        inputs: Its inputs.
         model: A `keras.Model` to train instead: functional, Sequential or subclassed.
         accum_steps: Integer >= 1, batches per update; or a schedule of it, as for
             `GradientAccumulateOptimizer`.
@@ -148,20 +207,28 @@ class GradientAccumulateModel(ModelWrapper):
             is then the mean over what was finite.
         **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
 
+    Attributes:
+        accum_steps: Batches per update; an integer can be set, and holds from the next cycle on.
+        micro_batch_size: Examples per micro-batch; can be set, and holds from the next batch on.
+        batch_norm: "micro_batch" or "exact".
+        non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
+
     Raises:
         TypeError: If `accum_steps` is neither an integer nor a schedule, `micro_batch_size` not
             an integer, or `model` not a Keras 3 model.
-        ValueError: If not exactly one of the two is given, if `batch_norm="exact"` is given with
-            `accum_steps`, if `model` is given together with
-            `inputs`, `outputs` or a `call` of its own, if `model` overrides a training method,
-            or under a ParameterServerStrategy or CentralStorageStrategy.
+        ValueError: If not exactly one of the two is given, or an argument that is not known; if
+            `batch_norm="exact"` is given with `accum_steps`; if `model` is given together with
+            `inputs`, `outputs` or a `call` of its own, accumulates by itself, or overrides a
+            training method; or under a ParameterServerStrategy or CentralStorageStrategy.
     """
 
     def __init__(
         self,
-        inputs=None,
+        model_or_inputs=None,
+        /,
         outputs=None,
         *,
+        inputs=None,
         model=None,
         accum_steps=None,
         micro_batch_size=None,
@@ -169,6 +236,7 @@ class GradientAccumulateModel(ModelWrapper):
         non_finite="propagate",
         **kwargs,
     ):
+        _check_arguments(type(self).__name__, model_or_inputs, kwargs)
         if (accum_steps is None) == (micro_batch_size is None):
             raise ValueError(
                 "Exactly one of `accum_steps` (fit's batch is the micro-batch) and "
@@ -179,9 +247,7 @@ class GradientAccumulateModel(ModelWrapper):
         if accum_steps is not None:
             accum_steps = check_accum_steps(accum_steps, "batches per update")
         else:
-            micro_batch_size = check_positive_int(
-                "micro_batch_size", micro_batch_size, "examples per micro-batch"
-            )
+            micro_batch_size = _checked_micro_batch_size(micro_batch_size)
             if type(self).train_step is not GradientAccumulateModel.train_step:
                 raise ValueError(
                     "`micro_batch_size` splits the batch inside `train_step`, which must not be "
@@ -203,12 +269,13 @@ class GradientAccumulateModel(ModelWrapper):
                 'non_finite="drop_cycle" instead.'
             )
         check_strategy()
-        super().__init__(inputs, outputs, model, **kwargs)
+        super().__init__(model_or_inputs, outputs, inputs=inputs, model=model, **kwargs)
         self._accum_steps = accum_steps
-        # Past `__setattr__`, as the wrapped model may have such attributes of its own.
-        vars(self).update(micro_batch_size=micro_batch_size, batch_norm=batch_norm)
-        vars(self).update(non_finite=non_finite)
+        self._micro_batch_size = micro_batch_size
+        self._batch_norm = batch_norm
         self._exact_batch_norm = None
+        self._non_finite = non_finite
+        self._plain_optimizers = None
         within_step = micro_batch_size is not None and non_finite != PROPAGATE
         self._drops = Drops() if within_step else None
 
@@ -233,6 +300,32 @@ class GradientAccumulateModel(ModelWrapper):
         self._accum_steps = check_accum_steps(value, "batches per update")
 
     @property
+    def micro_batch_size(self):
+        """Examples per micro-batch (per replica); None with `accum_steps`.
+
+        An integer can be set, between fits or within one; the next batch is cut by it, with a new
+        trace of the training step.
+        """
+        return self._micro_batch_size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, value):
+        if self._micro_batch_size is None:
+            raise ValueError(
+                "`micro_batch_size` has no meaning with `accum_steps`, where each batch of fit is "
+                f"a micro-batch. Received: micro_batch_size={value!r}. Give fit another batch_size "
+                "instead, or make a model with micro_batch_size."
+            )
+        self._micro_batch_size = _checked_micro_batch_size(value)
+        if self.train_function is not None:
+            # Keras's own, since what is trainable is still to be as it was; `fit` looks it up in
+            # each step.
+            super().make_train_function(force=True)
+
+    batch_norm = _fixed("batch_norm", "What trainable batch norms normalise by.")
+    non_finite = _fixed("non_finite", "What becomes of gradients that are not finite.")
+
+    @property
     def dropped_micro_steps(self):
         """int64 scalar variable: micro-batches dropped so far (0 if none can be)."""
         return getattr(self._drops or self._accumulating_optimizer, "dropped_micro_steps", 0)
@@ -242,7 +335,18 @@ class GradientAccumulateModel(ModelWrapper):
         """int64 scalar variable: cycles dropped so far (0 if none can be)."""
         return getattr(self._drops or self._accumulating_optimizer, "dropped_cycles", 0)
 
-    def compile(self, optimizer="rmsprop", *args, **kwargs):
+    def compile(
+        self,
+        optimizer="rmsprop",
+        loss=None,
+        loss_weights=None,
+        metrics=None,
+        weighted_metrics=None,
+        run_eagerly=False,
+        steps_per_execution=1,
+        jit_compile="auto",
+        auto_scale_loss=True,
+    ):
         """Configures the model for training; arguments as for `keras.Model.compile`.
 
         With `accum_steps` the optimizer is wrapped in a `GradientAccumulateOptimizer`, under
@@ -263,7 +367,17 @@ class GradientAccumulateModel(ModelWrapper):
         self._exact_batch_norm = None
         if self.built:
             self._plan_exact_batch_norm()
-        super().compile(self._accumulating(optimizer), *args, **kwargs)
+        super().compile(
+            optimizer=self._accumulating(optimizer),
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss,
+        )
         if self._accumulating_optimizer is not None and self.built:
             self._accumulating_optimizer.rebuild(self.trainable_variables)
 
@@ -272,8 +386,18 @@ class GradientAccumulateModel(ModelWrapper):
 
         Raises:
             ValueError: If `trainable` of a variable was changed since the model was compiled and
-                trained.
+                trained, or if the model was compiled without an optimizer.
         """
+        if type(self).train_step is GradientAccumulateModel.train_step:
+            if self.optimizer is None:
+                raise ValueError(
+                    "Training needs an optimizer. Received: compile(optimizer=None). Compile with "
+                    'one, such as compile("adam", loss).'
+                )
+        elif self._plain_optimizers is None and self.accum_steps != 1:
+            self._plain_optimizers = warn_of_those_that_do_not_accumulate(
+                self, self.optimizer, self.accum_steps
+            )
         if self.train_function is None or force:
             self._trainable_at_compile = {id(v): v.trainable for v in self.variables}
         for variable in self.variables:
@@ -302,8 +426,16 @@ class GradientAccumulateModel(ModelWrapper):
         epochs=1,
         verbose="auto",
         callbacks=None,
-        *args,
-        **kwargs,
+        validation_split=0.0,
+        validation_data=None,
+        shuffle=True,
+        class_weight=None,
+        sample_weight=None,
+        initial_epoch=0,
+        steps_per_epoch=None,
+        validation_steps=None,
+        validation_batch_size=None,
+        validation_freq=1,
     ):
         """Trains the model; arguments and result as for `keras.Model.fit`.
 
@@ -318,16 +450,36 @@ class GradientAccumulateModel(ModelWrapper):
             callbacks.callbacks[:0] = own
         elif own:
             callbacks = [*own, *tf.nest.flatten(callbacks or [])]
-        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+        # By keyword, where tools that patch `keras.Model.fit` look for them.
+        return super().fit(
+            x=x,
+            y=y,
+            batch_size=batch_size,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=callbacks,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            shuffle=shuffle,
+            class_weight=class_weight,
+            sample_weight=sample_weight,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+        )
 
     def flush(self):
         """Updates with the mean over a partial cycle, if there is one (mode `accum_steps`).
 
-        To be called at the end of a loop of `train_on_batch`; `fit` does it by itself.
+        To be called at the end of a loop of `train_on_batch`; `fit` does it by itself. Optimizers
+        that a subclass keeps in further attributes are flushed as well.
         """
-        optimizer = self._accumulating_optimizer
-        if optimizer is not None:
-            optimizer.flush()
+        for optimizer in optimizers_of(self).values():
+            accumulating = accumulating_optimizer(optimizer)
+            if accumulating is not None:
+                accumulating.flush()
 
     @property
     def ended_in_update(self):
@@ -360,6 +512,7 @@ class GradientAccumulateModel(ModelWrapper):
         self._plan_exact_batch_norm()
         if self.micro_batch_size is None:
             return self._train_across_steps(data)
+        self._check_optimizer_does_not_accumulate(self.optimizer)
         return self._train_within_step(data)
 
     def micro_batch_weight(self, x, y, sample_weight):
@@ -638,6 +791,18 @@ class GradientAccumulateModel(ModelWrapper):
                 "model.flush() to update with them, or model.optimizer.reset() to drop them."
             )
 
+    def _check_optimizer_does_not_accumulate(self, optimizer):
+        """For `micro_batch_size`. A `MultiOptimizer` may know its parts only once it is built."""
+        for part in parts_of(optimizer):
+            for name in ("gradient_accumulation_steps", "accum_steps"):
+                steps = getattr(part, name, None)
+                if steps:
+                    raise ValueError(
+                        "The model accumulates, so its optimizer must not do it as well. Received: "
+                        f"{type(part).__name__}({name}={steps}) for a model with micro_batch_size="
+                        f"{self.micro_batch_size}. Leave that out."
+                    )
+
     @property
     def _accumulating_optimizer(self):
         """The GradientAccumulateOptimizer in use, or None."""
@@ -666,13 +831,7 @@ class GradientAccumulateModel(ModelWrapper):
                 "the inner optimizer to `compile`, or the wrapped one to a plain keras.Model."
             )
         if self.micro_batch_size is not None:
-            keras_steps = getattr(inner, "gradient_accumulation_steps", None)
-            if keras_steps:
-                raise ValueError(
-                    "The model accumulates, so its optimizer must not do it as well. Received: "
-                    f"{type(inner).__name__}(gradient_accumulation_steps={keras_steps}) for a "
-                    f"model with micro_batch_size={self.micro_batch_size}. Leave that argument out."
-                )
+            self._check_optimizer_does_not_accumulate(inner)
             return optimizer
         wrapped = GradientAccumulateOptimizer(inner, self.accum_steps, non_finite=self.non_finite)
         if inner is optimizer:
@@ -708,6 +867,10 @@ class GradientAccumulateModel(ModelWrapper):
         )
         steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
         return cls(**{**config, "model": model, "accum_steps": steps})
+
+
+# Legacy HDF5 files name a model's class without the package that it is registered under.
+keras.saving.get_custom_objects()["GradientAccumulateModel"] = GradientAccumulateModel
 
 
 def _counted_if_finite(value, weight):

@@ -24,8 +24,9 @@ class ModelWrapper(keras.Model):
     wrapper's class, as if it were derived from it.
 
     Args:
-        inputs: Inputs of a functional model, as for `keras.Model`.
-        outputs: Its outputs.
+        model_or_inputs: `model` or `inputs`, whichever it is; by position.
+        outputs: Outputs of a functional model, as for `keras.Model`.
+        inputs: Its inputs.
         model: A `keras.Model` to wrap instead: functional, Sequential or subclassed.
         **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
 
@@ -38,7 +39,8 @@ class ModelWrapper(keras.Model):
             or overrides a training method.
     """
 
-    def __init__(self, inputs=None, outputs=None, model=None, **kwargs):
+    def __init__(self, model_or_inputs=None, /, outputs=None, *, inputs=None, model=None, **kwargs):
+        inputs, model = _told_apart(model_or_inputs, inputs, model)
         wrapped = _wrapped_model(type(self), inputs, outputs, model)
         if wrapped is not None:
             # Inputs reach the wrapped model as they are; it casts them, or not, by itself.
@@ -51,6 +53,10 @@ class ModelWrapper(keras.Model):
             vars(self)["_twin"] = twin = make_twin(wrapped, self)
             for name in _overridden(wrapped, _compat.trainer_methods()):
                 vars(self)[name] = getattr(twin, name)
+            if wrapped.built and _compat.is_functional(wrapped):
+                # TFLite looks for it in a model that is no graph of layers. Keras writes it when
+                # it builds one, which this one need not be.
+                self._build_shapes_dict = {"input_shape": wrapped.input_shape}
 
     def call(self, inputs, *args, training=None, **kwargs):
         """Calls the wrapped model; a subclass without one defines its own."""
@@ -74,11 +80,25 @@ class ModelWrapper(keras.Model):
 
     def summary(self, *args, **kwargs):
         """Prints the wrapped model's summary; arguments as for `keras.Model.summary`."""
-        return (super() if self.model is None else self.model).summary(*args, **kwargs)
+        # The twin's, which knows the optimizer.
+        return (super() if self.model is None else self._twin).summary(*args, **kwargs)
 
     def export(self, *args, **kwargs):
         """Exports the wrapped model for inference; arguments as for `keras.Model.export`."""
         return (super() if self.model is None else self.model).export(*args, **kwargs)
+
+    @property
+    def input_dtype(self):
+        """The dtype of the wrapped model's inputs, or of inputs to a layer of this policy."""
+        graph = self.model is not None and _compat.is_functional(self.model) and self.model.built
+        dtypes = {tensor.dtype for tensor in self.model.inputs} if graph else ()
+        return next(iter(dtypes)) if len(dtypes) == 1 else super().input_dtype
+
+    @property
+    def _default_save_signature(self):
+        # `tf.saved_model.save` and TFLite serve by it. Keras makes it from a functional model's
+        # inputs, which the wrapper lacks.
+        return (super() if self.model is None else self.model)._default_save_signature
 
     def get_build_config(self):
         """None around a model, whose own config says how it is built."""
@@ -122,6 +142,21 @@ def _overridden(model, names):
     return [name for name in names if getattr(type(model), name) is not getattr(keras.Model, name)]
 
 
+def _told_apart(model_or_inputs, inputs, model):
+    """`inputs` and `model`, one of which may have been passed by position instead."""
+    if model_or_inputs is None:
+        return inputs, model
+    leaves = keras.tree.flatten(model_or_inputs)
+    is_inputs = all(isinstance(leaf, keras.KerasTensor) for leaf in leaves)
+    name, given = ("inputs", inputs) if is_inputs else ("model", model)
+    if given is not None:
+        raise ValueError(
+            f"`{name}` must be given once. Received: {model_or_inputs!r} as the first argument, "
+            f"and {name}={given!r}. Leave one of them out."
+        )
+    return (model_or_inputs, model) if is_inputs else (inputs, model_or_inputs)
+
+
 def _wrapped_model(cls, inputs, outputs, model):
     """The model to wrap, or None for a subclass with its own `call`."""
     functional = inputs is not None or outputs is not None
@@ -137,19 +172,26 @@ def _wrapped_model(cls, inputs, outputs, model):
         if inputs is None or outputs is None:
             raise ValueError(
                 "`inputs` and `outputs` must be given together. "
-                f"Received: inputs={inputs!r}, outputs={outputs!r}."
+                f"Received: inputs={inputs!r}, outputs={outputs!r}. Pass both, or a whole model "
+                "as model=..."
             )
         return keras.Model(inputs=inputs, outputs=outputs)
-    if functional:
-        raise ValueError(
-            "Either `model` or `inputs` and `outputs` must be given, not both. "
-            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}."
-        )
     if not isinstance(model, keras.Model):
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise TypeError(
             f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Models of "
             "tf_keras (Keras 2) cannot be wrapped: build it with `keras` instead."
+        )
+    if functional:
+        raise ValueError(
+            "Either `model` or `inputs` and `outputs` must be given, not both. "
+            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}."
+        )
+    if isinstance(model, ModelWrapper):
+        inside = " or wrap the model in it, model.model," if model.model is not None else ""
+        raise ValueError(
+            f"A model is not wrapped twice. Received: {type(model).__name__} {model.name!r}, which "
+            f"accumulates by itself. Train it as it is,{inside} or make it anew."
         )
     overridden = overridden_methods(model)
     if overridden:
@@ -157,11 +199,7 @@ def _wrapped_model(cls, inputs, outputs, model):
             "A model that overrides a training method cannot be wrapped, as that method would "
             f"never be called. Received: {type(model).__name__} with its own "
             f"{', '.join(overridden)}. Derive {type(model).__name__} from "
-            "GradientAccumulateModel instead of keras.Model"
-            + (
-                ", or keep it and compile it with a GradientAccumulateOptimizer."
-                if not isinstance(model, ModelWrapper)
-                else "; a GradientAccumulateModel is not wrapped twice."
-            )
+            "GradientAccumulateModel instead of keras.Model, or keep it and compile it with a "
+            "GradientAccumulateOptimizer."
         )
     return model

@@ -145,6 +145,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._updates_running = 0
         self._followers = tuple
         self._state_to_load = None
+        self._weights_to_set = None
         self._strategy = tf.distribute.get_strategy()
 
     @property
@@ -239,11 +240,18 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
     @property
     def variables(self):
-        """The inner optimizer's variables, then those of the cycle, the same from build on.
+        """The inner optimizer's variables, then those of the cycle.
 
-        A `LossScaleOptimizer` saves them by number. The sums for further denominators, which
-        come with the losses that need them, are saved by name in `save_own_variables`.
+        The same from build on, but for the sums for further denominators, which come with the
+        losses that need them, and of which a `LossScaleOptimizer` is not told: it saves by number.
         """
+        further = []
+        if self._accumulator is not None and self._loss_scaler is None:
+            further = self._accumulator.variables_of_further_groups
+        return [*self._variables_from_build, *further]
+
+    @property
+    def _variables_from_build(self):
         if self._accumulator is None:
             return self.inner_optimizer.variables
         steps = [] if self._next_steps is None else [self._next_steps]
@@ -263,6 +271,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         if self.built:
             return
         variables = list(variables)
+        if not variables:
+            return  # as where Keras loads a legacy HDF5 file, before it knows of any
         check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
         with outside_of_tracing():
             if not self.inner_optimizer.built:
@@ -285,6 +295,23 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             with tf.init_scope():
                 self._load_state(self._state_to_load)
             self._state_to_load = None
+        if self._weights_to_set is not None:
+            weights, self._weights_to_set = self._weights_to_set, None
+            with tf.init_scope():
+                self.set_weights(weights)
+
+    def set_weights(self, weights):
+        """Sets `variables` from a list of arrays in the same order; before `build`, at `build`.
+
+        The list may hold the sums of an open cycle for more denominators than there are yet.
+        """
+        if not self.built:
+            # Past `__setattr__`, which would take the list for state to save.
+            vars(self)["_weights_to_set"] = [np.array(w) for w in weights]
+            return
+        if self._accumulator is not None and len(weights) > len(self.variables):
+            self._accumulator.make_groups_for(len(weights) - len(self._variables_from_build))
+        super().set_weights(weights)
 
     def rebuild(self, variables):
         """Takes variables that it was not built with, and keeps what it knows of the others.

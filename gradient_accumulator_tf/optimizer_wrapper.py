@@ -113,6 +113,17 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         return [name for name in super().__dir__() if name != "inner_optimizer"]
 
 
+def parts_of(optimizer):
+    """An optimizer and all that it is made of: inner ones, and those of a `MultiOptimizer`."""
+    yield optimizer
+    inner = [getattr(optimizer, "inner_optimizer", None)]
+    if not isinstance(optimizer, OptimizerWrapper):  # which passes on its inner one's
+        inner += getattr(optimizer, "optimizers", [])
+    for part in inner:
+        if part is not None:
+            yield from parts_of(part)
+
+
 def check_optimizer(optimizer, place):
     """The Keras optimizer that `optimizer` names, or an error that says what to pass.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf._checks import check_positive_int
+from gradient_accumulator_tf._checks import LARGEST_INT, check_steps
 
 # A schedule is asked for these updates when it is made: mistakes show before the training.
 _PROBED_UPDATES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -88,8 +88,18 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
             "`accum_steps` as a dict must map the first update (integer >= 0) of each phase to its "
             "steps (integer >= 1)"
         )
-        if isinstance(steps, (list, tuple)):
-            steps = dict(steps)  # as in the config, since JSON has no integers for keys
+        pairs = isinstance(steps, (list, tuple)) and all(
+            isinstance(phase, (list, tuple)) and len(phase) == 2 for phase in steps
+        )
+        if pairs:
+            updates = [phase[0] for phase in steps]
+            if any(updates.count(update) > 1 for update in updates):
+                raise ValueError(
+                    f"{rule}, each update once. Received: {steps!r}. Pass for example "
+                    "{0: 1, 1000: 8}."
+                )
+            # As in the config, since JSON has no integers for keys.
+            steps = {_hashable(update): number for update, number in steps}
         if not isinstance(steps, Mapping):
             raise TypeError(f"{rule}. Received: {steps!r}. Pass for example {{0: 1, 1000: 8}}.")
         for update in steps:
@@ -103,8 +113,12 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
                 f"{rule}, and begin with update 0. Received: accum_steps={dict(steps)!r}. Pass for "
                 "example {0: 1, 1000: 8}."
             )
+        if max(steps) > LARGEST_INT:
+            raise ValueError(
+                f"{rule}. Received: the update {max(steps)}. Pass at most {LARGEST_INT}."
+            )
         self.steps = {
-            int(update): check_positive_int("accum_steps", steps[update], f"from update {update}")
+            int(update): check_steps(steps[update], f"from update {update}")
             for update in sorted(steps)
         }
 
@@ -122,6 +136,10 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
         return {"steps": [list(phase) for phase in self.steps.items()]}
 
 
+def _hashable(update):
+    return tuple(update) if isinstance(update, list) else update
+
+
 def check_accum_steps(value, meaning):
     """Returns `value` as an int or as a callable, or raises if it is no number of steps.
 
@@ -137,7 +155,7 @@ def check_accum_steps(value, meaning):
     if isinstance(value, Mapping):
         return PiecewiseConstantSteps(value)
     if not callable(value):
-        return check_positive_int("accum_steps", value, meaning)
+        return check_steps(value, meaning)
     rule = (
         "A schedule of `accum_steps` must take the number of updates and return an integer >= 1 "
         f"({meaning})."

@@ -83,8 +83,117 @@ def test_a_model_with_a_training_method_of_its_own_is_not_wrapped(method):
 
 def test_a_model_is_not_wrapped_twice():
     model = GradientAccumulateModel(model=dense_model(), accum_steps=2)
-    with raises(ValueError, "GradientAccumulateModel with its own", "not wrapped twice"):
+    with raises(ValueError, "not wrapped twice", "accumulates by itself", "model.model"):
         GradientAccumulateModel(model=model, micro_batch_size=2)
+    GradientAccumulateModel(model=model.model, micro_batch_size=2)
+
+
+def test_the_first_argument_is_no_number():
+    inputs = keras.Input((5,))
+    outputs = keras.layers.Dense(1)(inputs)
+    with raises(TypeError, "first argument", "Received: 4", "accum_steps=4", "micro_batch_size=4"):
+        GradientAccumulateModel(4, inputs=inputs, outputs=outputs)
+    with raises(TypeError, "`model` must be a Keras 3 model", "<Dense"):
+        GradientAccumulateModel(keras.layers.Dense(1), accum_steps=4)
+
+
+def test_a_model_or_inputs_are_given_once():
+    model, inputs = dense_model(), keras.Input((5,))
+    with raises(ValueError, "`model` must be given once", "<Sequential"):
+        GradientAccumulateModel(model, model=model, accum_steps=4)
+    with raises(ValueError, "`inputs` must be given once", "<KerasTensor"):
+        GradientAccumulateModel(inputs, inputs=inputs, outputs=inputs, accum_steps=4)
+    with raises(ValueError, "not both"):
+        GradientAccumulateModel(model, inputs=inputs, outputs=inputs, accum_steps=4)
+
+
+def test_an_unknown_argument_is_named():
+    with raises(ValueError, "Received: acum_steps=4", "Did you mean accum_steps?", "outputs"):
+        GradientAccumulateModel(dense_model(), acum_steps=4)
+    with raises(ValueError, "Received: steps=4, micro_batchsize=2", "accum_steps and micro"):
+        GradientAccumulateModel(dense_model(), steps=4, micro_batchsize=2, accum_steps=2)
+    model = GradientAccumulateModel(dense_model(), accum_steps=2, name="ours", trainable=False)
+    assert model.name == "ours" and not model.trainable
+
+
+def test_sizes_are_what_tensorflow_can_count():
+    with raises(ValueError, f"micro_batch_size={2**31}. Pass at most {2**31 - 1}"):
+        GradientAccumulateModel(dense_model(), micro_batch_size=2**31)
+    with raises(ValueError, f"accum_steps={2**70}. Pass at most {2**63 - 1}"):
+        GradientAccumulateModel(dense_model(), accum_steps=2**70)
+    GradientAccumulateModel(dense_model(), accum_steps=2**63 - 1)
+
+
+def test_what_is_set_later_is_checked_or_refused():
+    model = GradientAccumulateModel(dense_model(), micro_batch_size=2)
+    with raises(ValueError, "`micro_batch_size` must be an integer >= 1", "micro_batch_size=0"):
+        model.micro_batch_size = 0
+    with raises(TypeError, "`micro_batch_size` must be an integer", "micro_batch_size=None"):
+        model.micro_batch_size = None
+    for name, value in (("batch_norm", "exact"), ("non_finite", "drop_cycle")):
+        with raises(AttributeError, f"{name}={value!r}, in place of", "model.model", repr(value)):
+            setattr(model, name, value)
+    assert (model.micro_batch_size, model.batch_norm) == (2, "micro_batch")
+    model = GradientAccumulateModel(model.model, accum_steps=2)
+    with raises(ValueError, "no meaning with `accum_steps`", "micro_batch_size=4"):
+        model.micro_batch_size = 4
+    assert model.micro_batch_size is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_needs_an_optimizer(mode):
+    model, _ = accumulating(mode, dense_model())
+    model.compile(optimizer=None, loss="mse")
+    x, y, _ = regression_data(12)
+    assert model.evaluate(x, y, verbose=0) > 0
+    for train in (model.fit, model.train_on_batch):
+        with raises(ValueError, "needs an optimizer", "compile(optimizer=None)", '"adam"'):
+            train(x, y)
+
+
+WRONG = {
+    "a vector": (lambda y: y[:, 0], ValueError, "shape (4,)"),
+    "a string": (lambda y: "none", TypeError, "'none' (of type str)"),
+    "a bool": (lambda y: y[0, 0] > 0, TypeError, "bool"),
+}
+
+
+@pytest.mark.parametrize("wrong", list(WRONG))
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_no_scalar_is_no_loss_and_no_weight(wrong, mode):
+    make, error, received = WRONG[wrong]
+
+    class OwnLoss(GradientAccumulateModel):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return make(y_pred)
+
+    class OwnWeight(GradientAccumulateModel):
+        def micro_batch_weight(self, x, y, sample_weight):
+            return make(y)
+
+    value, size = (3, 4) if mode == "accum_steps" else (4, 12)
+    x, y, _ = regression_data(12)
+    for cls, name in ((OwnLoss, "compute_loss"), (OwnWeight, "micro_batch_weight")):
+        model = cls(dense_model(), **{mode: value})
+        model.compile("sgd", "mse")
+        with raises(error, f"`{name}` must return a", received):
+            model.fit(x, y, batch_size=size, verbose=0)
+
+
+def test_an_integer_is_a_weight_but_no_loss():
+    class Own(GradientAccumulateModel):
+        def micro_batch_weight(self, x, y, sample_weight):
+            return 3
+
+    x, y, _ = regression_data(12)
+    model = Own(dense_model(), micro_batch_size=4)
+    model.compile("sgd", "mse")
+    model.fit(x, y, batch_size=12, verbose=0)
+    assert int(model.optimizer.iterations) == 1
+    model.compute_loss = lambda *args, **kwargs: 3
+    model.compile("sgd", "mse")
+    with raises(TypeError, "`compute_loss` must return a scalar", "3 (of type int)"):
+        model.fit(x, y, batch_size=12, verbose=0)
 
 
 def test_a_train_step_of_ones_own_excludes_splitting_it():
@@ -127,6 +236,30 @@ def test_keras_own_accumulation_is_refused(mode):
     model, _ = accumulating(mode, dense_model())
     with raises(ValueError, "gradient_accumulation_steps=7"):
         model.compile(keras.optimizers.SGD(gradient_accumulation_steps=7), loss="mse")
+
+
+@pytest.mark.parametrize("by", ["OptimizerMap", "function"])
+def test_an_optimizer_that_accumulates_within_another_is_refused(by):
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip(f"Keras {keras.__version__} has no MultiOptimizer")
+    x, y, _ = regression_data(12)
+    for part, received in (
+        (keras.optimizers.Adam(gradient_accumulation_steps=7), "gradient_accumulation_steps=7"),
+        (GradientAccumulateOptimizer("adam", 7), "accum_steps=7"),
+        (keras.optimizers.Adam(), None),
+    ):
+        # A function is asked for its optimizers only when they are built.
+        parts = keras.optimizers.OptimizerMap(part) if by == "OptimizerMap" else lambda v, p=part: p
+        model = GradientAccumulateModel(dense_model(), micro_batch_size=4)
+        if received is None:
+            model.compile(keras.optimizers.MultiOptimizer(parts), loss="mse")
+            model.fit(x, y, batch_size=12, verbose=0)
+            assert int(part.iterations) == 1
+            continue
+        with raises(ValueError, "must not do it as well", received, "micro_batch_size=4"):
+            model.compile(keras.optimizers.MultiOptimizer(parts), loss="mse")
+            model.fit(x, y, batch_size=12, verbose=0)
+        assert int(part.iterations) == 0
 
 
 def test_an_optimizer_of_the_same_accum_steps_is_used_as_it_is():

@@ -1,4 +1,4 @@
-"""A wrapped model's own `fit`, `compile` and metrics work around it as they do without a wrapper."""
+"""A wrapped model's own `fit`, `compile` and metrics do in the wrapper what they do without it."""
 
 import keras
 import numpy as np
@@ -186,12 +186,12 @@ def test_the_model_decides_before_the_wrapper_and_both_before_keras():
 
 
 def test_classes_of_all_kinds_have_twins():
-    class Announced(keras.Model):
-        known = []
+    announced = []
 
+    class Announced(keras.Model):
         def __init_subclass__(cls, *, key, **kwargs):
             super().__init_subclass__(**kwargs)
-            Announced.known.append(key)
+            announced.append(key)
 
     class Own(Announced, key="own"):
         def fit(self, *args, **kwargs):
@@ -203,7 +203,7 @@ def test_classes_of_all_kinds_have_twins():
     inputs = keras.Input((5,))
     own = Own(inputs, keras.layers.Dense(1)(inputs))
     model = GradientAccumulateModel(model=own, accum_steps=2)
-    assert Announced.known == ["own"]
+    assert announced == ["own"]
     assert isinstance(model.fit.__self__, Own) and model.fit.__self__ is not own
     assert model.fit.__self__.__class__ is type(model.another()) is Own
 
