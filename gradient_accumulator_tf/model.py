@@ -278,6 +278,8 @@ class GradientAccumulateModel(ModelWrapper):
         self._plain_optimizers = None
         within_step = micro_batch_size is not None and non_finite != PROPAGATE
         self._drops = Drops() if within_step else None
+        if micro_batch_size is not None and "fit" in vars(self):
+            vars(self)["fit"] = self._watched(self.fit)
 
     @property
     def accum_steps(self):
@@ -388,6 +390,7 @@ class GradientAccumulateModel(ModelWrapper):
             ValueError: If `trainable` of a variable was changed since the model was compiled and
                 trained, or if the model was compiled without an optimizer.
         """
+        self._splits = True
         if type(self).train_step is GradientAccumulateModel.train_step:
             if self.optimizer is None:
                 raise ValueError(
@@ -499,6 +502,7 @@ class GradientAccumulateModel(ModelWrapper):
         Returns:
             Dict of the metrics' values.
         """
+        self._splits = True
         optimizer = self._accumulating_optimizer
         if optimizer is not None and not optimizer.accumulates:
             with led():
@@ -761,6 +765,28 @@ class GradientAccumulateModel(ModelWrapper):
     def _end_cycle_of_batch_norms(self):
         for layer in self._batch_norms:
             layer.end_cycle()
+
+    def _watched(self, fit):
+        """A wrapped model's own `fit`, which warns once where it trains past this model."""
+
+        @functools.wraps(fit)
+        def watched(*args, **kwargs):
+            self._splits = False
+            result = fit(*args, **kwargs)
+            if not self._splits:
+                vars(self)["fit"] = fit
+                name = type(self.model).__name__
+                warnings.warn(
+                    "With `micro_batch_size` it is `keras.Model.fit`, `train_on_batch` and "
+                    f"`train_step` that split batches. Received: {name}.fit, which called none of "
+                    f"them, with micro_batch_size={self.micro_batch_size}: it saw whole batches. "
+                    "Let it end in super().fit(...), or train it without a wrapper, compiled with "
+                    "a GradientAccumulateOptimizer.",
+                    stacklevel=2,
+                )
+            return result
+
+        return watched
 
     def _check_layers(self):
         """Refuses layers that synchronise replicas in the loop over micro-batches."""

@@ -65,6 +65,8 @@ class ModelWrapper(keras.Model):
                 f"{type(self).__name__} must wrap a model or define `call`. Received: neither. "
                 "Pass model=..., or inputs=... and outputs=..., or override `call`."
             )
+        # By their names Keras hands on what takes all others, where it builds by a symbolic call.
+        args, kwargs = kwargs.pop("args", args), kwargs.pop("kwargs", kwargs)
         # Layers take `training` from the outermost call.
         return self.model(inputs, *args, **kwargs)
 

@@ -185,6 +185,40 @@ def test_the_model_decides_before_the_wrapper_and_both_before_keras():
     assert int(model.optimizer.iterations) == 1
 
 
+class Loop(keras.Sequential):
+    """Trains in a loop of its own, or by Keras's step."""
+
+    by_step = False
+
+    def fit(self, x, y):
+        data = (tf.constant(x), tf.constant(y))
+        if self.by_step:
+            return self.train_step(data)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(data[0]) - data[1]))
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(loss, self.trainable_weights), self.trainable_weights, strict=True)
+        )
+
+
+def test_a_fit_that_trains_by_itself_is_told_that_it_sees_whole_batches(recwarn):
+    x, y, _ = regression_data(8)
+    net = Loop([keras.Input((5,)), keras.layers.Dense(1)])
+    model = GradientAccumulateModel(model=net, micro_batch_size=4)
+    model.compile("sgd", "mse")
+    net.by_step = True
+    model.fit(x, y)
+    assert not recwarn
+    net.by_step = False
+    with pytest.warns(UserWarning, match=r"Loop.fit, which called none.*micro_batch_size=4"):
+        model.fit(x, y)
+    model.fit(x, y)  # it has been said
+    across = GradientAccumulateModel(model=net, accum_steps=2)
+    across.compile("sgd", "mse")
+    across.fit(x, y)
+    assert int(across.optimizer.micro_step) == 1 and not recwarn
+
+
 def test_classes_of_all_kinds_have_twins():
     announced = []
 
@@ -236,6 +270,10 @@ def test_further_arguments_reach_the_models_call(mode):
     np.testing.assert_allclose(scaled, model.model(x, scale=2), 1e-6)
     with pytest.raises(TypeError, match="scales"):
         model(x, scales=2)
+    # As a plain model it is built by a symbolic call, with these arguments.
+    symbolic, _ = accumulating(mode, Tenth())
+    assert symbolic(keras.Input((5,)), scale=2).shape == (None, 1) and symbolic.built
+    assert len(symbolic.model.weights) == 4
 
 
 # Files
