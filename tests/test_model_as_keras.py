@@ -348,7 +348,7 @@ def own_loss(base, *args, **kwargs):
             return tf.reduce_mean(tf.abs(y_pred - y))
 
     inner = dense_model()
-    return Own(inner.inputs, inner.outputs, *args, **kwargs)
+    return Own(inner.inputs[0], inner.outputs[0], *args, **kwargs)
 
 
 @pytest.mark.parametrize("mode", MODES)
