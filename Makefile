@@ -34,10 +34,10 @@ demo: $(STAMP)  ## train the digits example
 	$(RUN) examples/digits.py
 
 # A process for each file, as TensorFlow keeps what was traced and tests in one process slow down.
-# Pytest's status 5 says that a file has no test that PYTEST_ARGS selects.
+# Pytest's status 5 says that a file has no test that PYTEST_ARGS selects, or needs what is missing.
 test: export PYTEST_ARGS := $(PYTEST_ARGS)
 test: $(STAMP)  ## run the test suite, JOBS files at a time
-	@printf '%s\n' tests/test_*.py | xargs -P $(JOBS) -I FILE sh -c \
+	@printf '%s\n' tests/test_*.py tests/clients/test_keras_hub.py | xargs -P $(JOBS) -I FILE sh -c \
 		'eval "$(RUN) -m pytest $$PYTEST_ARGS FILE" || [ $$? -eq 5 ] || { echo "FAILED: FILE"; exit 1; }'
 
 # An environment of its own: these packages bring a hundred others, and constraints on versions.
