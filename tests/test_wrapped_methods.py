@@ -1,5 +1,6 @@
 """A wrapped model's own `fit`, `compile` and metrics do in the wrapper what they do without it."""
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -279,11 +280,25 @@ def test_further_arguments_reach_the_models_call(mode):
 # Files
 
 
+def groups_of(path):
+    """Names of all that is in a weight file, but for the optimizer."""
+    with h5py.File(path) as file:
+        names = []
+        file.visit(names.append)
+    return [name for name in names if not name.startswith("optimizer")]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_with_its_own_compile_is_saved_whole(mode, tmp_path):
     x, y, _ = large_inputs()
     model, batch_size = compiled(mode, optimizer=keras.optimizers.Adam(0.125))
     model.fit(x, y, batch_size=batch_size, verbose=0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    plain = tenth()
+    plain.load_weights(tmp_path / "model.weights.h5")
+    assert difference(plain.get_weights(), model.get_weights()) == 0
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    assert groups_of(tmp_path / "model.weights.h5") == groups_of(tmp_path / "plain.weights.h5")
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     # Its own `compile` had its say before the file was written.
