@@ -185,7 +185,9 @@ class GradientAccumulateModel(ModelWrapper):
 
     Around a model, layers and variables are that model's own, not copies: `weights`, `layers`,
     `summary()`, `save_weights()` and `export()` are those of the plain model, whose weight files
-    are interchangeable, and what is not found on the wrapper is looked up on it.
+    are interchangeable, and what is not found on the wrapper is looked up on it, and set on it.
+    Its metrics are in the logs. A `fit`, a `compile` and the like of the model's own class run, and
+    end in this class's, so that KerasHub's tasks take strings and images as they do by themselves.
 
     Args:
         model_or_inputs: The model to train, as `model`; or `inputs`. By position.
@@ -219,7 +221,7 @@ class GradientAccumulateModel(ModelWrapper):
         ValueError: If not exactly one of the two is given, or an argument that is not known; if
             `batch_norm="exact"` is given with `accum_steps`; if `model` is given together with
             `inputs`, `outputs` or a `call` of its own, accumulates by itself, or overrides a
-            training method; or under a ParameterServerStrategy or CentralStorageStrategy.
+            method of a training step; or under a ParameterServerStrategy or CentralStorageStrategy.
     """
 
     def __init__(

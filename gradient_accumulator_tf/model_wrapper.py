@@ -36,7 +36,7 @@ class ModelWrapper(keras.Model):
     Raises:
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If `model` is given together with `inputs`, `outputs` or a `call` of its own,
-            or overrides a training method.
+            or overrides a method of a training step.
     """
 
     def __init__(self, model_or_inputs=None, /, outputs=None, *, inputs=None, model=None, **kwargs):
@@ -198,8 +198,8 @@ def _wrapped_model(cls, inputs, outputs, model):
     overridden = overridden_methods(model)
     if overridden:
         raise ValueError(
-            "A model that overrides a training method cannot be wrapped, as that method would "
-            f"never be called. Received: {type(model).__name__} with its own "
+            "A model that overrides a method of a training step cannot be wrapped, as that method "
+            f"would never be called. Received: {type(model).__name__} with its own "
             f"{', '.join(overridden)}. Derive {type(model).__name__} from "
             "GradientAccumulateModel instead of keras.Model, or keep it and compile it with a "
             "GradientAccumulateOptimizer."
