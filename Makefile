@@ -19,7 +19,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint docs test-oldest test-uncapped benchmarks clean
+.PHONY: help demo test fuzz test-clients lint docs test-oldest test-uncapped benchmarks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -38,15 +38,25 @@ demo: $(STAMP)  ## train the digits example
 	$(RUN) examples/digits.py
 
 # A process for each file, as TensorFlow keeps what was traced and tests in one process slow down.
-# Pytest's status 5 says that a file has no test that PYTEST_ARGS selects.
+# Pytest's status 5 says that a file has no test that PYTEST_ARGS selects, or needs what is missing.
 test: export PYTEST_ARGS := $(PYTEST_ARGS)
 test: $(STAMP)  ## run the test suite, JOBS files at a time
-	@printf '%s\n' tests/test_*.py | xargs -P $(JOBS) -I FILE sh -c \
+	@printf '%s\n' tests/test_*.py tests/clients/test_keras_hub.py | xargs -P $(JOBS) -I FILE sh -c \
 		'eval "$(RUN) -m pytest $$PYTEST_ARGS FILE" || [ $$? -eq 5 ] || { echo "FAILED: FILE"; exit 1; }'
 
 fuzz: export FUZZ_EXAMPLES := $(FUZZ_EXAMPLES)
 fuzz: $(STAMP)  ## compare random trainings with the large batch; a failure is printed as a script
 	$(RUN) -m pytest tests/test_random_cases.py --hypothesis-seed=$(FUZZ_SEED)
+
+# An environment of its own: these packages bring a hundred others, and constraints on versions.
+CLIENTS := .venv-clients
+$(CLIENTS)/.installed: setup.cfg
+	$(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,clients]'
+	@touch $@
+
+test-clients: $(CLIENTS)/.installed  ## run the tests with KerasHub, KerasTuner, MLflow and the like
+	$(CLIENTS)/bin/python -m pytest tests/clients $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check style and formatting
 	$(RUN) -m ruff check
@@ -71,5 +81,5 @@ benchmarks: $(STAMP)  ## measure time, memory, traffic and batch norm
 	done; [ -z "$$failed" ] || { echo "FAILED:$$failed"; exit 1; }
 
 clean:  ## remove the environments, caches and builds
-	rm -rf .venv .nox .hypothesis .pytest_cache .ruff_cache build dist docs/_build *.egg-info
+	rm -rf .venv .venv-clients .nox .hypothesis .pytest_cache .ruff_cache build dist docs/_build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

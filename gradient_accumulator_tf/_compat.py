@@ -53,6 +53,53 @@ def check_installation():
             )
 
 
+# What a model keeps for training, in `Trainer.__init__`, `compile`, `fit`, `evaluate` and `predict`
+# (Keras 3.8 to 3.15). Nothing public tells it from what the model keeps for itself.
+TRAINER_ATTRIBUTES = (
+    "_compile_config",
+    "_compile_loss",
+    "_compile_metrics",
+    "_compiled_trainable_state",
+    "_compute_loss_has_training_arg",
+    "_distribute_reduction_method",
+    "_distribute_strategy",
+    "_eval_epoch_iterator",
+    "_initial_epoch",
+    "_jit_compile",
+    "_loss_tracker",
+    "_run_eagerly",
+    "compiled",
+    "history",
+    "loss",
+    "optimizer",
+    "predict_function",
+    "steps_per_execution",
+    "stop_evaluating",
+    "stop_predicting",
+    "stop_training",
+    "test_function",
+    "train_function",
+    "unrolled_steps_per_execution",
+)
+
+
+def trainer_methods():
+    """Names of the methods that make a layer a model that trains, private ones included.
+
+    Those of the base classes of `keras.Model` that are called Trainer (Keras 3.8 to 3.15).
+    """
+    import keras
+
+    trainers = [c for c in keras.Model.__mro__ if c.__name__.endswith("Trainer")]
+    return [
+        name
+        for name in dict.fromkeys(name for c in trainers for name in vars(c))
+        if inspect.isfunction(getattr(keras.Model, name))
+        and not name.startswith("__")
+        and name not in TRAINER_ATTRIBUTES
+    ]
+
+
 def compile_arguments(model):
     """Dict of what a model was compiled with: optimizer, losses, how it is run.
 

@@ -203,7 +203,9 @@ class GradientAccumulateModel(ModelWrapper):
 
     Around a model, layers and variables are that model's own, not copies: `weights`, `layers`,
     `summary()`, `save_weights()` and `export()` are those of the plain model, whose weight files
-    are interchangeable, and what is not found on the wrapper is looked up on it.
+    are interchangeable, and what is not found on the wrapper is looked up on it, and set on it.
+    Its metrics are in the logs. A `fit`, a `compile` and the like of the model's own class run, and
+    end in this class's, so that KerasHub's tasks take strings and images as they do by themselves.
 
     Args:
         model_or_inputs: The model to train, as `model`; or `inputs`. By position.
@@ -243,7 +245,7 @@ class GradientAccumulateModel(ModelWrapper):
         ValueError: If not exactly one of the two is given, or an argument that is not known; if
             `batch_norm="exact"` is given with `accum_steps`; if `model` is given together with
             `inputs`, `outputs` or a `call` of its own, accumulates by itself, or overrides a
-            training method; or under a ParameterServerStrategy or CentralStorageStrategy.
+            method of a training step; or under a ParameterServerStrategy or CentralStorageStrategy.
     """
 
     def __init__(
@@ -306,6 +308,8 @@ class GradientAccumulateModel(ModelWrapper):
         within_step = micro_batch_size is not None and non_finite != PROPAGATE
         self._drops = Drops() if within_step else None
         self._largest_batch = None if micro_batch_size is None else LargestBatch()
+        if micro_batch_size is not None and "fit" in vars(self):
+            vars(self)["fit"] = self._watched(self.fit)
 
     @property
     def accum_steps(self):
@@ -421,6 +425,7 @@ class GradientAccumulateModel(ModelWrapper):
             ValueError: If `trainable` of a variable was changed since the model was compiled and
                 trained, or if the model was compiled without an optimizer.
         """
+        self._splits = True
         if type(self).train_step is GradientAccumulateModel.train_step:
             if self.optimizer is None:
                 raise ValueError(
@@ -446,7 +451,8 @@ class GradientAccumulateModel(ModelWrapper):
 
     def compile_from_config(self, config):
         """Compiles a loaded model; Keras asks for it where `compile` is overridden."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        # What was saved is what a wrapped model's own `compile` had handed on.
+        type(self).compile(self, **keras.saving.deserialize_keras_object(config))
         if self.built and self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 
@@ -532,6 +538,7 @@ class GradientAccumulateModel(ModelWrapper):
         Returns:
             Dict of the metrics' values.
         """
+        self._splits = True
         optimizer = self._accumulating_optimizer
         if optimizer is not None and not optimizer.accumulates:
             with led():
@@ -812,6 +819,28 @@ class GradientAccumulateModel(ModelWrapper):
     def _end_cycle_of_batch_norms(self):
         for layer in self._batch_norms:
             layer.end_cycle()
+
+    def _watched(self, fit):
+        """A wrapped model's own `fit`, which warns once where it trains past this model."""
+
+        @functools.wraps(fit)
+        def watched(*args, **kwargs):
+            self._splits = False
+            result = fit(*args, **kwargs)
+            if not self._splits:
+                vars(self)["fit"] = fit
+                name = type(self.model).__name__
+                warnings.warn(
+                    "With `micro_batch_size` it is `keras.Model.fit`, `train_on_batch` and "
+                    f"`train_step` that split batches. Received: {name}.fit, which called none of "
+                    f"them, with micro_batch_size={self.micro_batch_size}: it saw whole batches. "
+                    "Let it end in super().fit(...), or train it without a wrapper, compiled with "
+                    "a GradientAccumulateOptimizer.",
+                    stacklevel=2,
+                )
+            return result
+
+        return watched
 
     def _check_layers(self):
         """Refuses layers that synchronise replicas in the loop over micro-batches."""

@@ -1,12 +1,12 @@
 """A Keras model around another one that looks like the model in it."""
 
-import contextlib
-
 import keras
 
 from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf.twin import make_twin
 
-_TRAINER_METHODS = (
+# Those that take part in a training step, which is the wrapper's own.
+_STEP_METHODS = (
     "train_step",
     "test_step",
     "predict_step",
@@ -18,8 +18,10 @@ _TRAINER_METHODS = (
 class ModelWrapper(keras.Model):
     """Base of a model that trains another one in its own way, or has a `call` of its own.
 
-    Around a model, layers and variables are that model's own, and what is not found on the
-    wrapper is looked up on it.
+    Around a model, layers, variables and metrics are that model's own, and what is not found on the
+    wrapper is looked up on it, and set on it. Where the model's class has a `fit`, a `compile` or
+    another training method of its own, that is the wrapper's too: its `super().fit` ends in the
+    wrapper's class, as if it were derived from it.
 
     Args:
         model_or_inputs: `model` or `inputs`, whichever it is; by position.
@@ -34,7 +36,7 @@ class ModelWrapper(keras.Model):
     Raises:
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If `model` is given together with `inputs`, `outputs` or a `call` of its own,
-            or overrides a training method.
+            or overrides a method of a training step.
     """
 
     def __init__(self, model_or_inputs=None, /, outputs=None, *, inputs=None, model=None, **kwargs):
@@ -47,16 +49,27 @@ class ModelWrapper(keras.Model):
         self.model = wrapped
         if wrapped is not None:
             self.built = wrapped.built
+            # Past Keras, which would track and save the twin as a layer.
+            vars(self)["_twin"] = twin = make_twin(wrapped, self)
+            for name in _overridden(wrapped, _compat.trainer_methods()):
+                vars(self)[name] = getattr(twin, name)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, *args, training=None, **kwargs):
         """Calls the wrapped model; a subclass without one defines its own."""
         if self.model is None:
             raise NotImplementedError(
                 f"{type(self).__name__} must wrap a model or define `call`. Received: neither. "
                 "Pass model=..., or inputs=... and outputs=..., or override `call`."
             )
+        # By their names Keras hands on what takes all others, where it builds by a symbolic call.
+        args, kwargs = kwargs.pop("args", args), kwargs.pop("kwargs", kwargs)
         # Layers take `training` from the outermost call.
-        return self.model(inputs)
+        return self.model(inputs, *args, **kwargs)
+
+    @property
+    def metrics(self):
+        """As of a plain model, with the metrics that are attributes of the wrapped one."""
+        return super().metrics if self.model is None else [*self._twin.metrics, *self._metrics]
 
     @property
     def layers(self):
@@ -65,10 +78,8 @@ class ModelWrapper(keras.Model):
 
     def summary(self, *args, **kwargs):
         """Prints the wrapped model's summary; arguments as for `keras.Model.summary`."""
-        if self.model is None:
-            return super().summary(*args, **kwargs)
-        with _compiled_as(self, self.model):
-            return self.model.summary(*args, **kwargs)
+        # The twin's, which knows the optimizer.
+        return (super() if self.model is None else self._twin).summary(*args, **kwargs)
 
     def export(self, *args, **kwargs):
         """Exports the wrapped model for inference; arguments as for `keras.Model.export`."""
@@ -111,43 +122,37 @@ class ModelWrapper(keras.Model):
         return super()._obj_type() if self.model is None else self.model._obj_type()
 
     def __getattr__(self, name):
-        model = self.__dict__.get("model")
-        if model is None or name.startswith("_"):
+        if not self._is_looked_up(name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(model, name)
+        return getattr(self._twin, name)
+
+    def __setattr__(self, name, value):
+        own = name in vars(self) or hasattr(type(self), name) or not self._is_looked_up(name)
+        if own or not hasattr(self._twin, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._twin, name, value)
+
+    def _is_looked_up(self, name):
+        """Whether an attribute that the wrapper does not have is the wrapped model's."""
+        own = name.startswith("_") or name in _compat.TRAINER_ATTRIBUTES
+        return not own and "_twin" in vars(self)
 
     def __dir__(self):
         # Keras saves what it finds here, and is to find what is in the plain model.
         model = self.__dict__.get("model")
         if model is None:
             return super().__dir__()
-        return sorted({*super().__dir__(), *dir(model)} - {"model"})
-
-
-@contextlib.contextmanager
-def _compiled_as(wrapper, model):
-    """Within this context `model` shows how `wrapper` was compiled, its optimizer included.
-
-    Written past `__setattr__`, by which Keras and TensorFlow would track the optimizer.
-    """
-    names = ("compiled", "optimizer")
-    before = {name: vars(model)[name] for name in names if name in vars(model)}
-    vars(model).update({name: vars(wrapper).get(name) for name in names})
-    try:
-        yield
-    finally:
-        for name in names:
-            del vars(model)[name]
-        vars(model).update(before)
+        return sorted({*super().__dir__(), *dir(model)} - {"model", "_twin"})
 
 
 def overridden_methods(model):
-    """Names of the training methods that a model's class has of its own."""
-    return [
-        name
-        for name in _TRAINER_METHODS
-        if getattr(type(model), name) is not getattr(keras.Model, name)
-    ]
+    """Names of the methods of a training step that a model's class has of its own."""
+    return _overridden(model, _STEP_METHODS)
+
+
+def _overridden(model, names):
+    return [name for name in names if getattr(type(model), name) is not getattr(keras.Model, name)]
 
 
 def _told_apart(model_or_inputs, inputs, model):
@@ -204,8 +209,8 @@ def _wrapped_model(cls, inputs, outputs, model):
     overridden = overridden_methods(model)
     if overridden:
         raise ValueError(
-            "A model that overrides a training method cannot be wrapped, as that method would "
-            f"never be called. Received: {type(model).__name__} with its own "
+            "A model that overrides a method of a training step cannot be wrapped, as that method "
+            f"would never be called. Received: {type(model).__name__} with its own "
             f"{', '.join(overridden)}. Derive {type(model).__name__} from "
             "GradientAccumulateModel instead of keras.Model, or keep it and compile it with a "
             "GradientAccumulateOptimizer."

@@ -16,6 +16,34 @@ def _public(names):
     return [name for name in names if not name.startswith("_")]
 
 
+def test_what_a_model_keeps_for_training_is_known():
+    class Model(keras.Model):
+        def call(self, x):
+            return x * self.scale
+
+        def build(self, shape):
+            self.scale = self.add_weight(shape=())
+
+    model, layer = Model(), keras.layers.Activation("relu")
+    x, y, _ = regression_data(4)
+    model.compile("sgd", "mse", metrics=["mae"])
+    model.fit(x, y, validation_data=(x, y), verbose=0)
+    model.evaluate(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    model.train_on_batch(x, y)
+    kept = {n for n in set(vars(model)) - set(vars(layer)) if not n.startswith("_self_")}
+    assert kept - {"scale"} <= set(_compat.TRAINER_ATTRIBUTES)
+    # Most are there in every version; one that is gone for good can go.
+    assert {"optimizer", "_compile_loss", "_loss_tracker", "stop_training", "history"} <= kept
+
+
+def test_methods_of_training_are_those_that_a_layer_lacks():
+    methods = _compat.trainer_methods()
+    public = {"compile", "fit", "evaluate", "predict", "train_on_batch", "get_metrics_result"}
+    assert public | {"train_step", "make_train_function", "_symbolic_build"} <= set(methods)
+    assert not [name for name in methods if hasattr(keras.Layer, name)]
+
+
 def test_variable_key_knows_a_keras_variable_by_its_tensorflow_variable():
     optimizer, variable = keras.optimizers.SGD(), keras.Variable(0.0)
     assert _compat.variable_key(optimizer, variable) == _compat.variable_key(

@@ -1,0 +1,55 @@
+"""SciKeras's estimators around functions that return accumulating models."""
+
+import keras
+import numpy as np
+import pytest
+
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from tests.clients import client
+from tests.oracle import EFFECTIVE, MICRO, difference
+
+scikeras_wrappers = client("scikeras.wrappers")
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def build(way="plain"):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(3, "softmax")]
+    )
+    optimizer = keras.optimizers.Adam(0.01)
+    if way == "optimizer":
+        optimizer = GradientAccumulateOptimizer(optimizer, accum_steps=EFFECTIVE // MICRO)
+    elif way == "accum_steps":
+        model = GradientAccumulateModel(model=model, accum_steps=EFFECTIVE // MICRO)
+    elif way == "micro_batch_size":
+        model = GradientAccumulateModel(model=model, micro_batch_size=MICRO)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2 * EFFECTIVE, 4)).astype("float32")
+    return x, np.array(["red", "green", "blue"])[x[:, :3].argmax(1)]
+
+
+def fitted(way, batch_size):
+    estimator = scikeras_wrappers.KerasClassifier(
+        build, way=way, batch_size=batch_size, epochs=3, shuffle=False, verbose=0
+    )
+    x, y = data()
+    return estimator.fit(x, y, shuffle=False)
+
+
+@pytest.mark.parametrize(
+    ("way", "batch_size"),
+    [("optimizer", MICRO), ("accum_steps", MICRO), ("micro_batch_size", EFFECTIVE)],
+)
+def test_a_classifier_trains_as_on_the_large_batch(way, batch_size):
+    x, y = data()
+    plain, estimator = fitted("plain", EFFECTIVE), fitted(way, batch_size)
+    assert difference(estimator.model_.get_weights(), plain.model_.get_weights()) < 1e-5
+    np.testing.assert_allclose(estimator.predict_proba(x), plain.predict_proba(x), 1e-4, 1e-5)
+    assert set(estimator.predict(x)) <= set(y) and estimator.score(x, y) == plain.score(x, y)
