@@ -271,14 +271,31 @@ def _overwrite_with_average(optimizer, variables):
             assign_on_replica(variable, replica_local(average.value))
 
 
+_OF_A_CYCLE = (
+    "micro_step",
+    "steps_in_cycle",
+    "just_updated",
+    "ended_in_update",
+    "dropped_micro_steps",
+    "dropped_cycles",
+    "accumulates",
+    "reduction",
+    "non_finite",
+    "flush",
+    "reset",
+    "rebuild",
+)
+
+
 def route_loss_scaling(accumulating):
     """Lets a `LossScaleOptimizer` around an optimizer of the class `accumulating` act per update.
 
     Left alone (Keras 3.8 to 3.15) it looks at each micro-batch: it drops one that overflowed,
     which shifts every later cycle, and changes its scale several times per update; and it looks
     at replica 0's gradients only. `compile` makes it by itself, so it can only be reached here.
-    Around any other optimizer it stays as it is. `accum_steps`, which users set on
-    `model.optimizer`, is passed on: on a Python object of its own it would be lost without a word.
+    Around any other optimizer it stays as it is. What tells of the cycle or ends it is passed on,
+    since `model.optimizer` is where users look for it. So is `accum_steps`, which they set there:
+    on a Python object of its own it would be lost without a word.
     """
     import keras
 
@@ -314,8 +331,22 @@ def route_loss_scaling(accumulating):
             )
         self.inner_optimizer.accum_steps = value
 
+    def passed_on(name):
+        def get(self):
+            if not isinstance(self.inner_optimizer, accumulating):
+                kind = type(self.inner_optimizer).__name__
+                raise AttributeError(
+                    f"`{name}` is what an accumulating optimizer has. Received: a "
+                    f"LossScaleOptimizer around {kind}."
+                )
+            return getattr(self.inner_optimizer, name)
+
+        return property(get, doc=f"The accumulating inner optimizer's `{name}`.")
+
     cls.build, cls.apply = routed_build, routed_apply
     cls.accum_steps = property(get_accum_steps, set_accum_steps)
+    for name in _OF_A_CYCLE:
+        setattr(cls, name, passed_on(name))
 
 
 def mend_fit_on_several_workers():

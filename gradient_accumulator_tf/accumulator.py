@@ -227,6 +227,12 @@ class GradientAccumulator(tf.Module):
         """Scalar bool tensor: whether the cycle has all its micro-batches."""
         return tf.greater_equal(self.micro_step, self.steps_in_cycle)
 
+    @property
+    def just_ended(self):
+        """Scalar bool tensor: whether a cycle ended with the last micro-batch."""
+        ended = tf.greater(self.steps_in_cycle, 0)
+        return tf.logical_and(ended, tf.equal(self.micro_step, 0))
+
     def add(self, *contributions, dropped=None):
         """Adds one micro-batch.
 
@@ -317,6 +323,11 @@ class GradientAccumulator(tf.Module):
         self.dropped.assign(tf.zeros_like(self.dropped))
         for group in self._groups:
             group.reset()
+
+    def drop(self):
+        """Starts a new cycle as if there had been none before."""
+        self.reset()
+        self.steps_in_cycle.assign(tf.zeros_like(self.steps_in_cycle))
 
     def _make_groups(self, number):
         for i in range(len(self._groups), number):

@@ -337,6 +337,15 @@ class GradientAccumulateModel(ModelWrapper):
         optimizer = self._accumulating_optimizer
         return optimizer is None or optimizer.ended_in_update
 
+    @property
+    def just_updated(self):
+        """Scalar bool tensor: whether the last batch ended in an update, for a `train_step`.
+
+        As for `GradientAccumulateOptimizer`; with `micro_batch_size` every batch does.
+        """
+        optimizer = self._accumulating_optimizer
+        return tf.constant(True) if optimizer is None else optimizer.just_updated
+
     def train_step(self, data):
         """One batch: a micro-step, or all micro-steps of an update; see the class.
 

@@ -105,6 +105,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         dropped_cycles: int64 scalar variable, the cycles that ended without an update.
         iterations: int64 scalar variable, the number of updates.
         micro_step: int64 scalar variable, the micro-batches in the current cycle.
+        just_updated: Scalar bool tensor, whether the last `apply` ended in an update.
+        ended_in_update: The same as a bool, for callbacks.
         learning_rate: The inner optimizer's; can be set.
 
     Raises:
@@ -188,7 +190,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def steps_in_cycle(self):
         """int64 scalar variable: micro-batches in the current cycle once it is complete.
 
-        Between cycles it is the last one's; 0 before the first. The integer 1 if the optimizer
+        Between cycles it is the last one's; 0 before the first and after `reset`. The integer 1 if the optimizer
         keeps no sums (`accum_steps=1`).
         """
         return 1 if self._accumulator is None else self._accumulator.steps_in_cycle
@@ -227,15 +229,43 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         return 0 if self._accumulator is None else self._accumulator.micro_step
 
     @property
+    def just_updated(self):
+        """Scalar bool tensor: whether the last `apply` (or `flush`) ended a cycle in an update.
+
+        For a `train_step` of your own: what a plain one does after each update, do where it holds.
+        It is right in eager code, in a `tf.function` behind the `apply` in it, under XLA and on
+        every replica. False before the first `apply` and after `reset`. An update that was
+        dropped, by a loss scale or by `non_finite`, ended its cycle as well: a large batch's
+        `train_step` would go on all the same.
+
+        ```python
+        self.optimizer.apply(gradients, self.trainable_variables)
+        updated = tf.cast(self.optimizer.just_updated, "float32")
+        for average, variable in zip(self.averages, self.trainable_variables):
+            average.assign_add(updated * 0.01 * (variable - average))
+        ```
+        """
+        if self._accumulator is None:
+            return tf.greater(tf.convert_to_tensor(self.iterations), 0)
+        return self._accumulator.just_ended
+
+    @property
     def ended_in_update(self):
         """Whether the last micro-batch ended its cycle in an update: a bool, for callbacks.
 
         With `steps_per_execution` callbacks see only the last of several batches; `iterations`
         tells of the others. An update that a loss scale dropped ended its cycle as well.
+
+        Raises:
+            RuntimeError: Within a `tf.function`, where `just_updated` tells.
         """
-        if self._accumulator is not None and self._accumulator.micro_step.numpy():
-            return False
-        return bool(self.iterations.numpy())
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "`ended_in_update` is a bool, which must be read outside of a tf.function. "
+                "Received: a call while a function is traced. Read `just_updated`, the same as a "
+                "tensor: tf.cond(optimizer.just_updated, ...)."
+            )
+        return bool(self.just_updated.numpy())
 
     @property
     def variables(self):
@@ -412,7 +442,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         """Drops what a partial cycle holds, without an update."""
         if self._accumulator is not None:
             with self._in_strategy():
-                self._accumulator.reset()
+                self._accumulator.drop()
                 for follower in self._followers():
                     follower.reset()
 
