@@ -3,8 +3,13 @@
 import math
 import numbers
 
+# What an int64 variable counts to.
+LARGEST_INT = 2**63 - 1
 
-def check_positive_int(name, value, meaning, instead="to train without accumulation"):
+
+def check_positive_int(
+    name, value, meaning, instead="to train without accumulation", largest=LARGEST_INT
+):
     """Returns `value` as a Python int, or raises if it is not a whole number of at least 1.
 
     Args:
@@ -12,10 +17,11 @@ def check_positive_int(name, value, meaning, instead="to train without accumulat
         value: What the caller passed.
         meaning: What one unit of it is, for the message ("micro-batches per update").
         instead: What the value 1 is for, for the message.
+        largest: What `value` may be at most.
 
     Raises:
         TypeError: If `value` is not an integer (a bool is not).
-        ValueError: If it is smaller than 1.
+        ValueError: If it is smaller than 1, or larger than `largest`.
     """
     rule = f"`{name}` must be an integer >= 1 ({meaning})."
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -25,6 +31,8 @@ def check_positive_int(name, value, meaning, instead="to train without accumulat
         )
     if value < 1:
         raise ValueError(f"{rule} Received: {name}={value!r}. Pass {name}=1 {instead}.")
+    if value > largest:
+        raise ValueError(f"{rule} Received: {name}={value!r}. Pass at most {largest}.")
     return int(value)
 
 

@@ -167,6 +167,11 @@ class GradientAccumulator(tf.Module):
         self._groups = [_Group(self._shapes, self._overwritten, "group_0")]
 
     @property
+    def number_of_groups(self):
+        """Denominators that there are sums for."""
+        return len(self._groups)
+
+    @property
     def variables_from_build(self):
         """List of the variables that are always there: those of the first group."""
         group = self._groups[0]
@@ -189,7 +194,7 @@ class GradientAccumulator(tf.Module):
 
     def load(self, state):
         """Sets `state` from a dict of arrays; what it does not hold becomes zero."""
-        self._make_groups(len({name.split(".")[0] for name in state if "." in name}))
+        self.make_groups(len({name.split(".")[0] for name in state if "." in name}))
         for name, variable in self.state.items():
             variable.assign(state.get(name, tf.zeros_like(variable)))
 
@@ -249,7 +254,7 @@ class GradientAccumulator(tf.Module):
                 "was it computed inside the `tf.GradientTape`?"
             )
         self.ever_received.update(present)
-        self._make_groups(len(contributions))
+        self.make_groups(len(contributions))
         # Backpropagation computes the last gradient first. Nothing may be counted before it is
         # there: the graph of a step also runs in the call that finds the data at its end.
         last = [c.gradients[present[-1]] for c in contributions]
@@ -311,6 +316,9 @@ class GradientAccumulator(tf.Module):
                         written = [place.assign(mean, read_value=False)]
                         mean = place.value()
                 means.append(mean)
+        for i, (mean, v) in enumerate(zip(means, self._shapes, strict=True)):
+            if mean is not None and v.dtype.is_integer:
+                means[i] = tf.round(mean)  # the optimizer will cut off what is behind the point
         for i in sorted(overwritten):
             means[i] = largest(
                 [group.sum_of(i, known) for group, known in zip(self._groups, certain, strict=True)]
@@ -329,6 +337,7 @@ class GradientAccumulator(tf.Module):
         self.reset()
         self.steps_in_cycle.assign(tf.zeros_like(self.steps_in_cycle))
 
-    def _make_groups(self, number):
+    def make_groups(self, number):
+        """Makes sums for `number` denominators, where there are fewer."""
         for i in range(len(self._groups), number):
             self._groups.append(_Group(self._shapes, self._overwritten, f"group_{i}"))
