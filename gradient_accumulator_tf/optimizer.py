@@ -544,6 +544,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def _make_sums(self):
         accumulator = GradientAccumulator(self._trainable_variables)
         accumulator.make_groups(self._groups_to_make)
+        if self.built and self.iterations.numpy():
+            accumulator.steps_in_cycle.assign(1)  # the last micro-batch was a cycle
+        # A checkpoint that was restored before writes its values here.
         self._accumulator = accumulator
         if self._non_finite != PROPAGATE and self._drops is None:
             self._drops = Drops()
@@ -562,8 +565,6 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             )
         with self._in_strategy(), tf.init_scope():
             self._make_sums()
-            # The last micro-batch was a cycle.
-            self._accumulator.steps_in_cycle.assign(tf.minimum(self.iterations.numpy(), 1))
         self.traces.renew(accumulating_optimizer_of)
 
     def _write_notes(self):
