@@ -18,6 +18,9 @@ class Traces:
         self._running = 0
         self.of_users = False
 
+    def __deepcopy__(self, memo):
+        return Traces()  # nothing was traced with a copy
+
     def of_model(self, model, train_function):
         """`train_function` of a Keras model, in which what is traced counts as the model's."""
         self._models.add(model)

@@ -136,6 +136,26 @@ def test_set_to_one_in_mid_cycle_the_cycle_is_not_lost(form, built, tmp_path):
     assert _weight(loaded) == pytest.approx(-7.0)
 
 
+@pytest.mark.parametrize("form", [keras_file, checkpoint])
+def test_of_a_model_wrapper_too(form, tmp_path):
+    def make(accum_steps):
+        net = keras.Sequential([keras.Input((1,)), Weight()])
+        model = GradientAccumulateModel(model=net, accum_steps=accum_steps)
+        model.compile(keras.optimizers.SGD(1.0), _loss)
+        return model
+
+    model = make(3)
+    _micro_steps(model, GRADIENTS[:2])
+    model.accum_steps = 1
+    loaded = form(model, make(1), tmp_path, True)
+    assert loaded.accum_steps == 1
+    _micro_steps(loaded, [0.0, 1.0])
+    assert _weight(loaded) == pytest.approx(-4.0)
+    loaded.accum_steps = 3
+    _micro_steps(loaded, GRADIENTS[:3])
+    assert _weight(loaded) == pytest.approx(-7.0)
+
+
 @pytest.mark.parametrize("form, built", [(keras_file, True), *OTHERS])
 @pytest.mark.parametrize("constructed, by_hand", [(1, 3), (3, 1), (3, 5)])
 def test_what_was_set_by_hand_is_saved_between_cycles_too(
