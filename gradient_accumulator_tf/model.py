@@ -31,6 +31,7 @@ from gradient_accumulator_tf.loss_weights import (
     with_coefficients,
 )
 from gradient_accumulator_tf.micro_batches import batch_size, sum_over_micro_batches
+from gradient_accumulator_tf.model_hooks import held_by
 from gradient_accumulator_tf.model_wrapper import ModelWrapper
 from gradient_accumulator_tf.non_finite import (
     DROP_MICRO_BATCH,
@@ -637,12 +638,11 @@ class GradientAccumulateModel(ModelWrapper):
         current = self._accumulating_optimizer
         if current is None or optimizer in (current, self.optimizer):
             return
-        micro_step = int(tf.convert_to_tensor(current.micro_step))
-        if micro_step:
+        held = held_by(current)
+        if held:
             raise ValueError(
                 "A new optimizer must not take the place of one in mid-cycle, whose gradients "
-                f"would be lost. Received: an optimizer that holds {micro_step} of "
-                f"{int(tf.convert_to_tensor(current.steps_in_cycle))} micro-batches. Call "
+                f"would be lost. Received: an optimizer that holds {held}. Call "
                 "model.flush() to update with them, or model.optimizer.reset() to drop them."
             )
 

@@ -92,9 +92,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
     Args:
         optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
-        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer. Or a
-            schedule: a dict `{first_update: steps}`, or a callable of the number of updates, such
-            as an `AccumStepsSchedule`. A cycle keeps the length that it began with.
+        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer, until
+            another number is set. Or a schedule: a dict `{first_update: steps}`, or a callable of
+            the number of updates, such as an `AccumStepsSchedule`. A cycle keeps the length that
+            it began with.
         reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`; "sum" with
             `sum_k w_k g_k`, which is the effective batch's gradient if the loss sums over
             examples.
