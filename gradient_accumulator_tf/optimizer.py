@@ -249,10 +249,12 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         `train_step` would go on all the same.
 
         ```python
-        self.optimizer.apply(gradients, self.trainable_variables)
-        updated = tf.cast(self.optimizer.just_updated, "float32")
-        for average, variable in zip(self.averages, self.trainable_variables):
-            average.assign_add(updated * 0.01 * (variable - average))
+        variable, average = tf.Variable(1.0), tf.Variable(1.0)
+        optimizer = GradientAccumulateOptimizer("sgd", accum_steps=2)
+        for _ in range(4):
+            optimizer.apply([tf.constant(1.0)], [variable])
+            moved = 0.99 * average + 0.01 * variable
+            average.assign(tf.where(optimizer.just_updated, moved, average))
         ```
         """
         if self._keeps_no_sums():
