@@ -35,7 +35,7 @@ autodoc_default_options = {
     # Keras calls these, users do not.
     "exclude-members": ", ".join(
         [
-            "accumulates, apply_contributions, is_updating, lead, scaled_by",
+            "accumulates, apply_contributions, is_updating, lead, scaled_by, traces",
             "build, call, compile_from_config, compute_mask, compute_output_shape",
             "finalize_variable_values, from_config, get_config",
             "load_own_variables, save_own_variables, variables",
@@ -48,7 +48,16 @@ autodoc_default_options = {
 # A reference that leads nowhere is an error.
 nitpicky = True
 # Python's documentation is not here to link to, and is not fetched.
-nitpick_ignore = [("py:exc", name) for name in ("NotImplementedError", "TypeError", "ValueError")]
+nitpick_ignore = [
+    ("py:exc", name)
+    for name in (
+        "NotImplementedError",
+        "RuntimeError",
+        "TypeError",
+        "ValueError",
+        "tf.errors.InvalidArgumentError",
+    )
+]
 
 
 def check_public_names(app, env):

@@ -427,25 +427,77 @@ def _overwrite_with_average(optimizer, variables):
             assign_on_replica(variable, replica_local(average.value))
 
 
+_OF_A_CYCLE = (
+    "micro_step",
+    "steps_in_cycle",
+    "just_updated",
+    "ended_in_update",
+    "dropped_micro_steps",
+    "dropped_cycles",
+    "accumulates",
+    "reduction",
+    "non_finite",
+    "flush",
+    "reset",
+    "rebuild",
+)
+
+
 def route_loss_scaling(accumulating):
     """Lets a `LossScaleOptimizer` around an optimizer of the class `accumulating` act per update.
 
     Left alone (Keras 3.8 to 3.15) it looks at each micro-batch: it drops one that overflowed,
     which shifts every later cycle, and changes its scale several times per update; and it looks
     at replica 0's gradients only. `compile` makes it by itself, so it can only be reached here.
-    Around any other optimizer it stays as it is. `accum_steps`, which users set on
-    `model.optimizer`, is passed on: on a Python object of its own it would be lost without a word.
+    Around any other optimizer it stays as it is. What tells of the cycle or ends it is passed on,
+    since `model.optimizer` is where users look for it. So is `accum_steps`, which they set there:
+    on a Python object of its own it would be lost without a word.
+
+    It saves its variables and all of its inner optimizer's by number, and loads only what has as
+    many: a cycle's sums, which are saved by name anyway, would cost it its scale where they are
+    not. It saves what it would around the innermost optimizer, and loads its own part.
     """
     import keras
+    import numpy as np
 
     cls = keras.optimizers.LossScaleOptimizer
     build, apply = cls.build, cls.apply
+    save, load = cls.save_own_variables, cls.load_own_variables
 
     @functools.wraps(build)
     def routed_build(self, var_list):
         build(self, var_list)
         if isinstance(self.inner_optimizer, accumulating):
             self.inner_optimizer.scaled_by(self)
+            load_own(self, vars(self).pop("_own_to_load", {}))
+
+    def own_variables(self):
+        return self.variables[: len(self.variables) - len(self.inner_optimizer.variables)]
+
+    def load_own(self, store):
+        for i, variable in enumerate(own_variables(self)):
+            if str(i) in store:
+                variable.assign(store[str(i)])
+
+    @functools.wraps(save)
+    def routed_save(self, store):
+        if not isinstance(self.inner_optimizer, accumulating):
+            save(self, store)
+            return
+        saved = [*own_variables(self), *self.inner_optimizer.inner_optimizer.variables]
+        for i, variable in enumerate(saved):
+            store[str(i)] = variable.numpy()
+
+    @functools.wraps(load)
+    def routed_load(self, store):
+        if not isinstance(self.inner_optimizer, accumulating):
+            load(self, store)
+            return
+        state = {name: np.array(store[name]) for name in store.keys()}
+        if self.built:
+            load_own(self, state)
+        else:  # past what Keras tracks, which would take the dict for state
+            vars(self)["_own_to_load"] = state
 
     @functools.wraps(apply)
     def routed_apply(self, grads, trainable_variables=None):
@@ -470,8 +522,23 @@ def route_loss_scaling(accumulating):
             )
         self.inner_optimizer.accum_steps = value
 
+    def passed_on(name):
+        def get(self):
+            if not isinstance(self.inner_optimizer, accumulating):
+                kind = type(self.inner_optimizer).__name__
+                raise AttributeError(
+                    f"`{name}` is what an accumulating optimizer has. Received: a "
+                    f"LossScaleOptimizer around {kind}."
+                )
+            return getattr(self.inner_optimizer, name)
+
+        return property(get, doc=f"The accumulating inner optimizer's `{name}`.")
+
     cls.build, cls.apply = routed_build, routed_apply
+    cls.save_own_variables, cls.load_own_variables = routed_save, routed_load
     cls.accum_steps = property(get_accum_steps, set_accum_steps)
+    for name in _OF_A_CYCLE:
+        setattr(cls, name, passed_on(name))
 
 
 def mend_fit_on_several_workers():

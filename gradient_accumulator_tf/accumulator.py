@@ -175,6 +175,11 @@ class GradientAccumulator(tf.Module):
         self._groups = [_Group(self._shapes, self._overwritten, "group_0")]
 
     @property
+    def number_of_groups(self):
+        """Denominators that there are sums for."""
+        return len(self._groups)
+
+    @property
     def variables_from_build(self):
         """List of the variables that are always there: those of the first group."""
         group = self._groups[0]
@@ -245,6 +250,12 @@ class GradientAccumulator(tf.Module):
     def is_complete(self):
         """Scalar bool tensor: whether the cycle has all its micro-batches."""
         return tf.greater_equal(self.micro_step, self.steps_in_cycle)
+
+    @property
+    def just_ended(self):
+        """Scalar bool tensor: whether a cycle ended with the last micro-batch."""
+        ended = tf.greater(self.steps_in_cycle, 0)
+        return tf.logical_and(ended, tf.equal(self.micro_step, 0))
 
     def add(self, *contributions, dropped=None):
         """Adds one micro-batch.
@@ -324,6 +335,9 @@ class GradientAccumulator(tf.Module):
                         written = [place.assign(mean, read_value=False)]
                         mean = place.value()
                 means.append(mean)
+        for i, (mean, v) in enumerate(zip(means, self._shapes, strict=True)):
+            if mean is not None and v.dtype.is_integer:
+                means[i] = tf.round(mean)  # the optimizer will cut off what is behind the point
         for i in sorted(overwritten):
             means[i] = largest(
                 [group.sum_of(i, known) for group, known in zip(self._groups, certain, strict=True)]
@@ -336,6 +350,11 @@ class GradientAccumulator(tf.Module):
         self.dropped.assign(tf.zeros_like(self.dropped))
         for group in self._groups:
             group.reset()
+
+    def drop(self):
+        """Starts a new cycle as if there had been none before."""
+        self.reset()
+        self.steps_in_cycle.assign(tf.zeros_like(self.steps_in_cycle))
 
     def make_groups(self, number):
         """Makes sums for `number` denominators, where there are fewer."""

@@ -10,7 +10,11 @@ import tensorflow as tf
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_number
 from gradient_accumulator_tf.gradient_sums import accumulation_dtype
-from gradient_accumulator_tf.optimizer_wrapper import OptimizerWrapper, check_optimizer
+from gradient_accumulator_tf.optimizer_wrapper import (
+    OptimizerWrapper,
+    check_does_not_accumulate,
+    check_optimizer,
+)
 from gradient_accumulator_tf.replicas import check_made_under
 
 # The axes that count a kernel's units, where it is not the last one alone.
@@ -130,6 +134,7 @@ class AdaptiveGradientClipping(OptimizerWrapper):
                 f"of the accumulation. Received: {type(optimizer).__name__}. Pass "
                 f"{type(optimizer).__name__}(AdaptiveGradientClipping(...), accum_steps=...)."
             )
+        check_does_not_accumulate(optimizer)
         clip_factor = check_number("clip_factor", clip_factor)
         epsilon = check_number("epsilon", epsilon)
         exclude = _checked_patterns(exclude)

@@ -38,9 +38,12 @@ def accumulation_dtype(dtype):
     """Dtype in which gradients of a variable of `dtype` are summed.
 
     Sixteen-bit sums lose small addends (1.0 + 63 x 0.003 is 16 % short in bfloat16) and overflow,
-    so they are kept in float32; every other dtype is its own.
+    so they are kept in float32. Integers cannot hold a mean, so theirs are kept in float64. Every
+    other dtype is its own.
     """
     dtype = tf.as_dtype(dtype)
+    if dtype.is_integer:
+        return tf.float64
     return tf.float32 if dtype in (tf.float16, tf.bfloat16) else dtype
 
 
@@ -78,12 +81,16 @@ def in_shape_of(gradient, shape, path="variable"):
 
 
 def scale_gradient(gradient, factor, dtype):
-    """`gradient * factor` in `dtype`; a `tf.IndexedSlices` stays one. A factor of None is 1."""
+    """`gradient * factor` in `dtype`; a `tf.IndexedSlices` stays one. A factor of None is 1.
+
+    A factor of 0 gives 0, also of an inf or a nan: the mean over no examples is 0 / 0, and does
+    not count.
+    """
     if isinstance(gradient, tf.IndexedSlices):
         values = scale_gradient(gradient.values, factor, dtype)
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
     gradient = tf.cast(gradient, dtype)
-    return gradient if factor is None else gradient * tf.cast(factor, dtype)
+    return gradient if factor is None else tf.math.multiply_no_nan(gradient, tf.cast(factor, dtype))
 
 
 def add_gradient(total, gradient):

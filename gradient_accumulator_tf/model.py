@@ -50,6 +50,7 @@ from gradient_accumulator_tf.loss_weights import (
     with_coefficients,
 )
 from gradient_accumulator_tf.micro_batches import sum_over_micro_batches
+from gradient_accumulator_tf.model_hooks import held_by
 from gradient_accumulator_tf.model_wrapper import ModelWrapper
 from gradient_accumulator_tf.non_finite import (
     DROP_MICRO_BATCH,
@@ -529,6 +530,15 @@ class GradientAccumulateModel(ModelWrapper):
         optimizer = self._accumulating_optimizer
         return optimizer is None or optimizer.ended_in_update
 
+    @property
+    def just_updated(self):
+        """Scalar bool tensor: whether the last batch ended in an update, for a `train_step`.
+
+        As for `GradientAccumulateOptimizer`; with `micro_batch_size` every batch does.
+        """
+        optimizer = self._accumulating_optimizer
+        return tf.constant(True) if optimizer is None else optimizer.just_updated
+
     def train_step(self, data):
         """One batch: a micro-step, or all micro-steps of an update; see the class.
 
@@ -862,12 +872,11 @@ class GradientAccumulateModel(ModelWrapper):
         current = self._accumulating_optimizer
         if current is None or optimizer in (current, self.optimizer):
             return
-        micro_step = int(tf.convert_to_tensor(current.micro_step))
-        if micro_step:
+        held = held_by(current)
+        if held:
             raise ValueError(
                 "A new optimizer must not take the place of one in mid-cycle, whose gradients "
-                f"would be lost. Received: an optimizer that holds {micro_step} of "
-                f"{int(tf.convert_to_tensor(current.steps_in_cycle))} micro-batches. Call "
+                f"would be lost. Received: an optimizer that holds {held}. Call "
                 "model.flush() to update with them, or model.optimizer.reset() to drop them."
             )
 

@@ -1,7 +1,6 @@
 """GradientAccumulateOptimizer: when to add a micro-batch's gradients, and when to update."""
 
 import contextlib
-import numbers
 import weakref
 from collections.abc import Mapping
 
@@ -12,13 +11,16 @@ import tensorflow as tf
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_choice, check_positive_int
 from gradient_accumulator_tf.accumulator import GradientAccumulator, counter
+from gradient_accumulator_tf.checkpoint_notes import CheckpointNotes, Untracked
 from gradient_accumulator_tf.conditional import run_on_replicas_if
 from gradient_accumulator_tf.gradient_sums import (
     Contribution,
+    accumulation_dtype,
     in_shape_of,
     received_of,
     scale_gradient,
 )
+from gradient_accumulator_tf.model_hooks import hook_into_models
 from gradient_accumulator_tf.non_finite import (
     DROP_MICRO_BATCH,
     PROPAGATE,
@@ -26,7 +28,11 @@ from gradient_accumulator_tf.non_finite import (
     check_non_finite,
     without_non_finite,
 )
-from gradient_accumulator_tf.optimizer_wrapper import OptimizerWrapper, check_optimizer
+from gradient_accumulator_tf.optimizer_wrapper import (
+    OptimizerWrapper,
+    check_does_not_accumulate,
+    check_optimizer,
+)
 from gradient_accumulator_tf.replicas import check_made_under, check_strategy, number_of_replicas
 from gradient_accumulator_tf.schedules import (
     check_accum_steps,
@@ -34,8 +40,10 @@ from gradient_accumulator_tf.schedules import (
     serialize_accum_steps,
     traced,
 )
+from gradient_accumulator_tf.traces import Traces
 from gradient_accumulator_tf.update_order import one_by_one
 from gradient_accumulator_tf.variable_creation import outside_of_tracing
+from gradient_accumulator_tf.weights import checked_weight
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
@@ -85,9 +93,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
     Args:
         optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
-        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer. Or a
-            schedule: a dict `{first_update: steps}`, or a callable of the number of updates, such
-            as an `AccumStepsSchedule`. A cycle keeps the length that it began with.
+        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer, until
+            another number is set. Or a schedule: a dict `{first_update: steps}`, or a callable of
+            the number of updates, such as an `AccumStepsSchedule`. A cycle keeps the length that
+            it began with.
         reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`; "sum" with
             `sum_k w_k g_k`, which is the effective batch's gradient if the loss sums over
             examples.
@@ -110,6 +119,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         dropped_cycles: int64 scalar variable, the cycles that ended without an update.
         iterations: int64 scalar variable, the number of updates.
         micro_step: int64 scalar variable, the micro-batches in the current cycle.
+        just_updated: Scalar bool tensor, whether the last `apply` ended in an update.
+        ended_in_update: The same as a bool, for callbacks.
         learning_rate: The inner optimizer's; can be set.
 
     Raises:
@@ -151,22 +162,27 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._followers = tuple
         self._state_to_load = None
         self._weights_to_set = None
+        self._groups_to_make = 0
         self._strategy = tf.distribute.get_strategy()
+        self.traces = Traces()
+        self._notes = CheckpointNotes(self._write_notes, self._read_notes)
 
     @property
     def accum_steps(self):
         """Micro-batches per update: an integer, which can be set, or a schedule.
 
-        What is set holds from the next cycle on, without a new trace.
+        What is set holds from the next cycle on, without a new trace. An optimizer that was built
+        with `accum_steps=1` keeps no sums until another number is set: then it makes them, and
+        the models that it trains make their training step anew.
 
         Raises:
             TypeError: On setting it to anything but an integer, or in place of a schedule.
-            ValueError: On setting it to less than 1, or to more where the optimizer was built
-                with `accum_steps=1`, which keeps no sums.
+            ValueError: On setting it to less than 1; or to more, where there are no sums and a
+                `tf.function` of your own was traced without them.
         """
         if self._next_steps is not None:
             with tf.init_scope():
-                return int(self._next_steps.numpy())
+                return int(self._next_steps.value.numpy())
         return self._accum_steps
 
     @accum_steps.setter
@@ -178,24 +194,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 f"Compile with {type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), "
                 "which keeps the inner optimizer's state."
             )
-        value = check_positive_int("accum_steps", value, "micro-batches per update")
-        if self.built and self._accumulator is None and value > 1:
-            raise ValueError(
-                "An optimizer that was built with accum_steps=1 keeps no sums, and cannot begin to "
-                f"accumulate. Received: accum_steps={value}. Compile with {type(self).__name__}("
-                f"optimizer.inner_optimizer, accum_steps={value}), which keeps the inner "
-                "optimizer's state; or begin with the schedule accum_steps={0: 1, ...}."
-            )
-        self._accum_steps = value
-        if self._next_steps is not None:
-            self._next_steps.assign(value)
+        self._take_accum_steps(check_positive_int("accum_steps", value, "micro-batches per update"))
 
     @property
     def steps_in_cycle(self):
         """int64 scalar variable: micro-batches in the current cycle once it is complete.
 
-        Between cycles it is the last one's; 0 before the first. The integer 1 if the optimizer
-        keeps no sums (`accum_steps=1`).
+        Between cycles it is the last one's; 0 before the first and after `reset`. The integer 1
+        if the optimizer keeps no sums (`accum_steps=1`).
         """
         return 1 if self._accumulator is None else self._accumulator.steps_in_cycle
 
@@ -203,7 +209,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def accumulates(self):
         """Whether sums are kept, which one micro-batch per update on one replica does without."""
         if self.built:
-            return self._accumulator is not None
+            return not self._keeps_no_sums()
+        if self._groups_to_make or _holds_open_cycle(self._state_to_load or {}):
+            return True
         one_by_one = self._accum_steps == 1 and self._non_finite == PROPAGATE
         return not one_by_one or number_of_replicas() > 1
 
@@ -233,22 +241,53 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         return 0 if self._accumulator is None else self._accumulator.micro_step
 
     @property
+    def just_updated(self):
+        """Scalar bool tensor: whether the last `apply` (or `flush`) ended a cycle in an update.
+
+        For a `train_step` of your own: what a plain one does after each update, do where it holds.
+        It is right in eager code, in a `tf.function` behind the `apply` in it, under XLA and on
+        every replica. False before the first `apply` and after `reset`. An update that was
+        dropped, by a loss scale or by `non_finite`, ended its cycle as well: a large batch's
+        `train_step` would go on all the same.
+
+        ```python
+        variable, average = tf.Variable(1.0), tf.Variable(1.0)
+        optimizer = GradientAccumulateOptimizer("sgd", accum_steps=2)
+        for _ in range(4):
+            optimizer.apply([tf.constant(1.0)], [variable])
+            moved = 0.99 * average + 0.01 * variable
+            average.assign(tf.where(optimizer.just_updated, moved, average))
+        ```
+        """
+        if self._keeps_no_sums():
+            return tf.greater(tf.convert_to_tensor(self.iterations), 0)
+        return self._accumulator.just_ended
+
+    @property
     def ended_in_update(self):
         """Whether the last micro-batch ended its cycle in an update: a bool, for callbacks.
 
         With `steps_per_execution` callbacks see only the last of several batches; `iterations`
         tells of the others. An update that a loss scale dropped ended its cycle as well.
+
+        Raises:
+            RuntimeError: Within a `tf.function`, where `just_updated` tells.
         """
-        if self._accumulator is not None and self._accumulator.micro_step.numpy():
-            return False
-        return bool(self.iterations.numpy())
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "`ended_in_update` is a bool, which must be read outside of a tf.function. "
+                "Received: a call while a function is traced. Read `just_updated`, the same as a "
+                "tensor: tf.cond(optimizer.just_updated, ...)."
+            )
+        return bool(self.just_updated.numpy())
 
     @property
     def variables(self):
         """The inner optimizer's variables, then those of the cycle.
 
-        The same from build on, but for the sums for further denominators, which come with the
-        losses that need them, and of which a `LossScaleOptimizer` is not told: it saves by number.
+        The same from build on, but for an optimizer that kept no sums and begins to, and for the
+        sums for further denominators. These come with the losses that need them. A
+        `LossScaleOptimizer` is not told of them, as it saves by number.
         """
         further = []
         if self._accumulator is not None and self._loss_scaler is None:
@@ -259,10 +298,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def _variables_from_build(self):
         if self._accumulator is None:
             return self.inner_optimizer.variables
-        steps = [] if self._next_steps is None else [self._next_steps]
         drops = [] if self._drops is None else self._drops.variables
         cycle = self._accumulator.variables_from_build
-        return [*self.inner_optimizer.variables, *steps, *drops, *cycle]
+        return [*self.inner_optimizer.variables, *drops, *cycle]
 
     def build(self, variables):
         """Creates the inner optimizer's variables and one accumulator per trainable variable.
@@ -279,6 +317,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         if not variables:
             return  # as where Keras loads a legacy HDF5 file, before it knows of any
         check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
+        check_does_not_accumulate(self.inner_optimizer)
         with outside_of_tracing():
             if not self.inner_optimizer.built:
                 self.inner_optimizer.build(variables)
@@ -289,11 +328,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         }
         # Replicas do not clip or check what is not summed yet, nor weigh their own share alone.
         if self.accumulates:
-            self._accumulator = GradientAccumulator(variables)
-            if self._non_finite != PROPAGATE and self._drops is None:
-                self._drops = Drops()
-            if self._schedule is None and self._next_steps is None:
-                self._next_steps = counter("accum_steps", self._accum_steps)
+            self._make_sums()
         self.built = True
         if self._state_to_load is not None:
             # Once and now, also where Keras builds the optimizer in a graph.
@@ -348,6 +383,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                     "with a new optimizer."
                 ) from error
             accumulator, self._accumulator = self._accumulator, None
+            self._groups_to_make = 0 if accumulator is None else accumulator.number_of_groups
             self.inner_optimizer, self.built = copy, False
             self.build(variables)
             if accumulator is not None:
@@ -377,13 +413,18 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 None for a variable that this micro-batch does not reach.
             trainable_variables: List of the variables in the same order; needed in the first
                 call unless `build` was called.
-            weight: Scalar >= 0 (a number or a tensor of any real dtype) that this micro-batch
-                counts for in the cycle's mean: its examples or tokens. None counts as 1.
+            weight: Scalar, 0 or from 1e-20 to 1e20 (a number or a tensor of any real dtype), that
+                this micro-batch counts for in the cycle's mean: its examples or tokens. None
+                counts as 1. What counts 0 adds nothing, whatever its gradients are; a cycle of
+                nothing else is an update with gradients of zero, as by the large batch.
 
         Raises:
+            TypeError: If `weight` is no real number.
             ValueError: If a variable is not among those the optimizer was built with, a gradient
-                has not the shape of its variable, all gradients are None, or `weight` is a
-                negative number.
+                has not the shape of its variable, all gradients are None, or `weight` is another
+                number or no scalar.
+            tf.errors.InvalidArgumentError: If `weight` is a tensor of another number, when it is
+                known. XLA cannot raise, and updates with nan.
         """
         grads = list(grads)
         if not grads:
@@ -391,11 +432,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         if self.is_updating:
             self.inner_optimizer.apply(grads, trainable_variables)
             return
-        if isinstance(weight, numbers.Number) and weight < 0:
-            raise ValueError(
-                "`weight` is what a micro-batch counts for (examples or tokens) and must not be "
-                f"negative. Received: weight={weight}. Pass 0 for one that does not count."
-            )
+        weight = checked_weight(weight, finite=self._non_finite == PROPAGATE)
         contribution = Contribution(grads, weight, averaged=self._reduction == "mean")
         self.apply_contributions([contribution], trainable_variables)
 
@@ -411,12 +448,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             c._replace(gradients=self._aligned(c.gradients, trainable_variables))
             for c in contributions
         ]
-        if self._accumulator is None:
+        if self._keeps_no_sums():
             (only,) = contributions
-            factor = None if only.averaged else only.weight  # a mean of one is itself
-            gradients = [
-                g if g is None else scale_gradient(g, factor, g.dtype) for g in only.gradients
-            ]
+            gradients = _alone(only)
             # The graph of a step also runs in the call that finds the data at its end: without
             # its gradients, the update must not count.
             ready = tf.nest.flatten(gradients, expand_composites=True)
@@ -437,7 +471,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     @tf.autograph.experimental.do_not_convert
     def flush(self):
         """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
-        if self._accumulator is None:
+        if self._keeps_no_sums():
             return
         with self._in_strategy():
             run_on_replicas_if(
@@ -448,9 +482,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     @tf.autograph.experimental.do_not_convert
     def reset(self):
         """Drops what a partial cycle holds, without an update."""
-        if self._accumulator is not None:
+        if not self._keeps_no_sums():
             with self._in_strategy():
-                self._accumulator.reset()
+                self._accumulator.drop()
                 for follower in self._followers():
                     follower.reset()
 
@@ -491,8 +525,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         if self._accumulator is not None and int(self._accumulator.micro_step.numpy()):
             for name, variable in self._accumulator.state.items():
                 store[name] = variable.numpy()
-        if self._next_steps is not None and self.accum_steps != self._first_accum_steps:
-            store["accum_steps"] = self._next_steps.numpy()
+        if self._steps_set_by_hand is not None:
+            store["accum_steps"] = np.int64(self._steps_set_by_hand)
         dropped = {} if self._drops is None else self._drops.state
         if any(int(variable.numpy()) for variable in dropped.values()):
             for name, variable in dropped.items():
@@ -505,8 +539,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             self._load_state(state)
         else:
             self._state_to_load = state
-            if self._schedule is None:
-                self._accum_steps = int(state.get("accum_steps", self._accum_steps))
+            if self._schedule is None and "accum_steps" in state:
+                self._take_accum_steps(int(state["accum_steps"]))
 
     def get_config(self):
         """Config with the serialised inner optimizer."""
@@ -522,6 +556,80 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         """The reverse of `get_config`."""
         steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
         return super().from_config({**config, "accum_steps": steps}, custom_objects)
+
+    @property
+    def _steps_set_by_hand(self):
+        """`accum_steps`, if it is a number that the constructor was not given; or None."""
+        steps = self.accum_steps
+        return None if callable(steps) or steps == self._first_accum_steps else steps
+
+    def _take_accum_steps(self, steps):
+        if self.built and self._accumulator is None and steps > 1:
+            self._begin_to_accumulate()
+        self._accum_steps = steps
+        if self._next_steps is not None:
+            self._next_steps.value.assign(steps)
+
+    def _keeps_no_sums(self):
+        """Whether micro-batches go straight to the inner optimizer; a trace is remembered."""
+        if self._accumulator is not None:
+            return False
+        if self.built:
+            self.traces.note()
+        return True
+
+    def _make_sums(self):
+        accumulator = GradientAccumulator(self._trainable_variables)
+        accumulator.make_groups(self._groups_to_make)
+        if self.built and self.iterations.numpy():
+            accumulator.steps_in_cycle.assign(1)  # the last micro-batch was a cycle
+        # A checkpoint that was restored before writes its values here.
+        self._accumulator = accumulator
+        if self._non_finite != PROPAGATE and self._drops is None:
+            self._drops = Drops()
+        if self._schedule is None and self._next_steps is None:
+            self._next_steps = Untracked(counter("accum_steps", self._accum_steps))
+
+    def _begin_to_accumulate(self):
+        """Makes the sums of an optimizer that was built without."""
+        if self.traces.of_users:
+            raise ValueError(
+                "A tf.function that was traced with accum_steps=1 keeps no sums, and cannot begin "
+                "to accumulate. Received: more than one micro-batch per update, for an optimizer "
+                "that such a function of your own calls. Trace a new function with "
+                f"{type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), which keeps "
+                "the inner optimizer's state; or begin with the schedule accum_steps={0: 1, ...}."
+            )
+        with self._in_strategy(), tf.init_scope():
+            self._make_sums()
+        self.traces.renew(accumulating_optimizer_of)
+
+    def _write_notes(self):
+        groups = 0 if self._accumulator is None else self._accumulator.number_of_groups
+        return {"accum_steps": self._steps_set_by_hand, "groups": groups}
+
+    def _read_notes(self, notes):
+        """Makes ready for the variables of a checkpoint."""
+        if self._schedule is None and notes["accum_steps"] is not None:
+            self._take_accum_steps(notes["accum_steps"])
+        self._groups_to_make = notes["groups"]
+        if not self.built:
+            return
+        if self._accumulator is None:
+            if self._groups_to_make:
+                self._begin_to_accumulate()
+        elif self._groups_to_make:
+            self._accumulator.make_groups(self._groups_to_make)
+        else:
+            self._accumulator.drop()
+
+    def _shown_arguments(self):
+        shown = {"accum_steps": self.accum_steps}
+        if self._reduction != "mean":
+            shown["reduction"] = self._reduction
+        if self._non_finite != PROPAGATE:
+            shown["non_finite"] = self._non_finite
+        return shown
 
     def _aligned(self, grads, variables):
         """The gradients in the order of the variables that the optimizer was built with."""
@@ -577,7 +685,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def _steps_of_next_cycle(self):
         """int64 scalar tensor: the micro-batches of a cycle that begins now."""
         if self._schedule is None:
-            return self._next_steps.value()
+            return self._next_steps.value.value()
         updates = tf.cast(tf.convert_to_tensor(self.iterations), tf.int64)
         # A schedule that was at least 1 where it was probed may not be so everywhere.
         return tf.maximum(tf.cast(self._schedule(updates), tf.int64), 1)
@@ -665,8 +773,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         # The inner optimizer names its variables "0", "1", ...
         own = {name: value for name, value in state.items() if not name.isdecimal()}
         self.inner_optimizer.load_own_variables({k: v for k, v in state.items() if k not in own})
-        if self._next_steps is not None and "accum_steps" in own:
-            self._next_steps.assign(own["accum_steps"])
+        if self._schedule is None and "accum_steps" in own:
+            self._take_accum_steps(int(own["accum_steps"]))
+        if self._accumulator is None and _holds_open_cycle(own):
+            self._begin_to_accumulate()
         if self._drops is not None:
             for name, variable in self._drops.state.items():
                 variable.assign(own.get(name, 0))
@@ -681,6 +791,30 @@ def accumulating_optimizer(optimizer):
     return optimizer if isinstance(optimizer, GradientAccumulateOptimizer) else None
 
 
+def accumulating_optimizer_of(model):
+    """The GradientAccumulateOptimizer that a model was compiled with, or None."""
+    # Not `getattr`: a model wrapper looks up what it lacks on the model in it.
+    return accumulating_optimizer(vars(model).get("optimizer"))
+
+
+def _holds_open_cycle(state):
+    """Whether a dict of what was saved has the sums of a cycle in it."""
+    return "micro_step" in state
+
+
+def _alone(contribution):
+    """The gradients of a cycle of one micro-batch: its own, or zero if it does not count."""
+    factor = contribution.weight
+    if factor is None:
+        return contribution.gradients
+    if contribution.averaged:
+        factor = tf.math.divide_no_nan(factor, factor)
+    return [
+        None if g is None else scale_gradient(g, factor, accumulation_dtype(g.dtype))
+        for g in contribution.gradients
+    ]
+
+
 def _hidden(function):
     """The same function, as one that a checkpoint does not take for state."""
     return lambda *args: function(*args)
@@ -689,20 +823,9 @@ def _hidden(function):
 def _checked_inner_optimizer(optimizer):
     """The Keras optimizer that `optimizer` names, or an error that says what to pass."""
     optimizer = check_optimizer(optimizer, "LossScaleOptimizer(GradientAccumulateOptimizer(...))")
-    if isinstance(optimizer, GradientAccumulateOptimizer):
-        raise ValueError(
-            "`optimizer` must not be a GradientAccumulateOptimizer itself. Received: one with "
-            f"accum_steps={optimizer.accum_steps}. Wrap once, with the product of the two."
-        )
-    for inner in getattr(optimizer, "optimizers", [optimizer]):
-        if inner.gradient_accumulation_steps:
-            raise ValueError(
-                "The inner optimizer must not accumulate itself. Received: "
-                f"{type(inner).__name__}(gradient_accumulation_steps="
-                f"{inner.gradient_accumulation_steps}). Leave that argument out and pass "
-                "accum_steps instead."
-            )
+    check_does_not_accumulate(optimizer)
     return optimizer
 
 
 _compat.route_loss_scaling(GradientAccumulateOptimizer)
+hook_into_models(keras.Model, accumulating_optimizer_of)

@@ -44,11 +44,28 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     clipvalue = _owned_by_inner("clipvalue")
     global_clipnorm = _owned_by_inner("global_clipnorm")
     loss_scale_factor = _owned_by_inner("loss_scale_factor")
-    gradient_accumulation_steps = _owned_by_inner("gradient_accumulation_steps")
     use_ema = _owned_by_inner("use_ema")
     ema_momentum = _owned_by_inner("ema_momentum")
     ema_overwrite_frequency = _owned_by_inner("ema_overwrite_frequency")
     learning_rate = _owned_by_inner("learning_rate")
+
+    @property
+    def gradient_accumulation_steps(self):
+        """Keras's own accumulation, which is off; setting it is an error.
+
+        Raises:
+            ValueError: On setting it to anything but None.
+        """
+        return self.inner_optimizer.gradient_accumulation_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, value):
+        if value is not None:
+            raise ValueError(
+                "`gradient_accumulation_steps` is Keras's own accumulation, which must stay off "
+                f"here. Received: gradient_accumulation_steps={value!r}. Set accum_steps={value!r} "
+                "on a GradientAccumulateOptimizer instead."
+            )
 
     @property
     def iterations(self):
@@ -108,6 +125,16 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         )
         return cls(**config)
 
+    def __repr__(self):
+        inner = self.inner_optimizer
+        wrapped = repr(inner) if isinstance(inner, OptimizerWrapper) else type(inner).__name__
+        arguments = [f"{name}={value!r}" for name, value in self._shown_arguments().items()]
+        return f"{type(self).__name__}({', '.join([wrapped, *arguments])})"
+
+    def _shown_arguments(self):
+        """Dict of the arguments that `repr` shows."""
+        return {}
+
     def __dir__(self):
         # Keras saves what it finds here; the inner optimizer's state is in `save_own_variables`.
         return [name for name in super().__dir__() if name != "inner_optimizer"]
@@ -122,6 +149,28 @@ def parts_of(optimizer):
     for part in inner:
         if part is not None:
             yield from parts_of(part)
+
+
+def check_does_not_accumulate(optimizer):
+    """Raises ValueError if an inner optimizer, or a part of it, accumulates by itself."""
+    for part in parts_of(optimizer):
+        kind = type(part).__name__
+        if hasattr(part, "accum_steps"):
+            raise ValueError(
+                f"`optimizer` must not accumulate itself. Received: a {kind} with accum_steps="
+                f"{part.accum_steps}. Wrap once, with the product of the two."
+            )
+        if getattr(part, "gradient_accumulation_steps", None):
+            raise ValueError(
+                f"The inner optimizer must not accumulate itself. Received: {kind}("
+                f"gradient_accumulation_steps={part.gradient_accumulation_steps}). Leave that "
+                "argument out and pass accum_steps instead."
+            )
+        if part is not optimizer and isinstance(part, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "A LossScaleOptimizer must be outside of all others. Received: one within a "
+                f"{type(optimizer).__name__}. Put it around the whole."
+            )
 
 
 def check_optimizer(optimizer, place):

@@ -431,21 +431,66 @@ def test_a_schedule_is_for_the_constructor():
             optimizer.accum_steps = after
 
 
-def test_an_optimizer_without_sums_cannot_begin_to_accumulate():
-    model = _accumulated("optimizer", 1)
-    model.optimizer.accum_steps = 2
-    model.optimizer.accum_steps = 1
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_one_can_be_raised_later(wrapper, execution):
+    model = _accumulated(wrapper, 1, **execution)
     _fit(model, 2 * MICRO)
-    with pytest.raises(ValueError, match=r"accum_steps=1 keeps no sums.*accum_steps={0: 1, ...}"):
-        model.optimizer.accum_steps = 2
-    # What the message says to do keeps the momentum.
-    model.compile(GradientAccumulateOptimizer(model.optimizer.inner_optimizer, 2), "mse")
+    assert model.optimizer.variables == model.optimizer.inner_optimizer.variables  # no sums
+    model.optimizer.accum_steps = 2
+    _fit(model, 4 * MICRO)
+    model.optimizer.accum_steps = 1
     _fit(model, 2 * MICRO)
     large = dense_model()
     large.compile(_sgd(), "mse")
     _fit(large, 2 * MICRO)
-    _fit(large, 2 * MICRO, batch_size=2 * MICRO)
+    _fit(large, 4 * MICRO, batch_size=2 * MICRO)
+    _fit(large, 2 * MICRO)
+    assert updates_of(model.optimizer) == 2 + 2 + 2
     assert difference(model.get_weights(), large.get_weights()) < 1e-6
+
+
+@pytest.mark.parametrize("loss_scale", [False, True])
+def test_one_can_be_raised_within_a_fit(loss_scale):
+    class Raise(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1:
+                self.model.optimizer.accum_steps = 3
+                assert self.model.optimizer.ended_in_update
+
+    optimizer = GradientAccumulateOptimizer(_sgd(), 1)
+    if loss_scale:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0)
+    model = dense_model()
+    model.compile(optimizer, "mse")
+    _fit(model, 9 * MICRO, callbacks=[Raise()])
+    large = _large([1, 1, 3, 3, 1], 9 * MICRO)
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+
+
+def test_one_can_be_raised_where_nothing_was_traced():
+    variable = keras.Variable(0.0)
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), 1)
+    for gradient, steps in ((1.0, 2), (3.0, 2), (5.0, 2), (2.0, 3)):
+        optimizer.apply([tf.constant(gradient)], [variable])
+        optimizer.accum_steps = steps
+    assert (float(variable), int(optimizer.micro_step)) == (-1 - 4, 1)
+
+
+def test_one_cannot_be_raised_under_a_function_of_the_users_own():
+    variable = keras.Variable(0.0)
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0, momentum=0.5), 1)
+    optimizer.build([variable])
+    tf.function(lambda g: optimizer.apply([g], [variable]))(tf.constant(1.0))
+    with pytest.raises(ValueError, match=r"of your own calls.*accum_steps={0: 1, ...}"):
+        optimizer.accum_steps = 2
+    assert optimizer.accum_steps == 1
+    # What the message says to do keeps the momentum.
+    new = GradientAccumulateOptimizer(optimizer.inner_optimizer, 2)
+    step = tf.function(lambda g: new.apply([g], [variable]))
+    new.build([variable])
+    for gradient in (1.0, 3.0):
+        step(tf.constant(gradient))
+    assert float(variable) == -1 - (0.5 + 2)
 
 
 def test_set_with_a_micro_batch_size_it_has_no_meaning():

@@ -264,8 +264,6 @@ class Asks(keras.callbacks.Callback):
         wrapper = self.model
         if not isinstance(wrapper, GradientAccumulateModel):
             wrapper = self.model.optimizer
-        if isinstance(wrapper, keras.optimizers.LossScaleOptimizer):
-            wrapper = wrapper.inner_optimizer
         self.answers.append((wrapper.ended_in_update, updates_of(self.model.optimizer)))
 
 

@@ -185,6 +185,23 @@ def test_a_loss_scale_optimizer_left_alone_looks_at_each_micro_batch():
     assert float(variable) == 1.0
 
 
+def test_a_loss_scale_optimizer_left_alone_loads_nothing_of_another_number():
+    # When it loads its own variables by name, `route_loss_scaling` need not see to it.
+    scalers = []
+    for accum_steps in (1, 2):
+        inner = GradientAccumulateOptimizer("sgd", accum_steps)
+        scalers.append(keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0))
+        scalers[-1].build([keras.Variable(1.0)])
+    one, two = scalers
+    two.dynamic_scale.assign(8.0)
+    store = {str(i): v.numpy() for i, v in enumerate(two.variables)}
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        keras.optimizers.LossScaleOptimizer.load_own_variables.__wrapped__(one, store)
+    assert float(one.dynamic_scale) == 2.0
+    one.load_own_variables(store)
+    assert float(one.dynamic_scale) == 8.0
+
+
 def test_other_loss_scale_optimizers_are_left_alone():
     variable = keras.Variable(1.0)
     scaler = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=4.0)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gradient_accumulator_tf import GradientAccumulateOptimizer
+from gradient_accumulator_tf import AdaptiveGradientClipping, GradientAccumulateOptimizer
 from tests.oracle import dense_model, regression_data
 
 
@@ -38,12 +38,76 @@ def test_inner_optimizers_that_cannot_be_wrapped(inner, message):
         GradientAccumulateOptimizer(inner(), 2)
 
 
-def test_multi_optimizer_with_an_accumulating_part():
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        (lambda: keras.optimizers.Adam(gradient_accumulation_steps=2), "_accumulation_steps=2"),
+        (lambda: GradientAccumulateOptimizer("sgd", 3), "accum_steps=3.*[Ww]rap once"),
+        (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "around the whole"),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrap", [lambda o: GradientAccumulateOptimizer(o, 2), AdaptiveGradientClipping]
+)
+def test_multi_optimizer_with_an_accumulating_part(part, message, wrap):
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         pytest.skip(f"Keras {keras.__version__} has no MultiOptimizer")
-    parts = keras.optimizers.OptimizerMap(keras.optimizers.Adam(gradient_accumulation_steps=2))
-    with pytest.raises(ValueError, match="gradient_accumulation_steps=2"):
-        GradientAccumulateOptimizer(keras.optimizers.MultiOptimizer(parts), 2)
+    parts = keras.optimizers.OptimizerMap(part())
+    with pytest.raises(ValueError, match=message):
+        wrap(keras.optimizers.MultiOptimizer(parts))
+
+
+def test_wrapped_twice_with_another_wrapper_between():
+    clipped = AdaptiveGradientClipping("sgd")
+    clipped.inner_optimizer = GradientAccumulateOptimizer("sgd", 3)
+    with pytest.raises(ValueError, match=r"accum_steps=3.*[Ww]rap once"):
+        GradientAccumulateOptimizer(clipped, 2)
+
+
+@pytest.mark.parametrize("wrap", [lambda o: GradientAccumulateOptimizer(o, 2), lambda o: o])
+def test_keras_own_accumulation_set_later(wrap):
+    optimizer = wrap(AdaptiveGradientClipping("sgd"))
+    optimizer.gradient_accumulation_steps = None
+    with pytest.raises(ValueError, match=r"Received: gradient_accumulation_steps=2\. Set accum_st"):
+        optimizer.gradient_accumulation_steps = 2
+    assert optimizer.gradient_accumulation_steps is None
+
+
+def test_keras_own_accumulation_set_later_on_the_inner_optimizer():
+    optimizer = GradientAccumulateOptimizer("sgd", 2)
+    optimizer.inner_optimizer.gradient_accumulation_steps = 3
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=3"):
+        optimizer.build([keras.Variable(0.0)])
+
+
+def test_more_micro_batches_than_can_be_counted():
+    largest = 2**63 - 1
+    assert GradientAccumulateOptimizer("sgd", largest).accum_steps == largest
+    optimizer = GradientAccumulateOptimizer("sgd", 2)
+    for refused in (
+        lambda: GradientAccumulateOptimizer("sgd", 2**70),
+        lambda: GradientAccumulateOptimizer("sgd", {0: 2**63}),
+        lambda: setattr(optimizer, "accum_steps", 2**70),
+    ):
+        with pytest.raises(ValueError, match=rf"accum_steps=\d+\. Pass at most {largest}"):
+            refused()
+
+
+def test_what_it_shows_of_itself():
+    assert repr(GradientAccumulateOptimizer("adam", 8)) == (
+        "GradientAccumulateOptimizer(Adam, accum_steps=8)"
+    )
+    optimizer = GradientAccumulateOptimizer(
+        AdaptiveGradientClipping("sgd"), {0: 1}, reduction="sum", non_finite="drop_cycle"
+    )
+    assert repr(optimizer) == (
+        "GradientAccumulateOptimizer(AdaptiveGradientClipping(SGD), "
+        "accum_steps=PiecewiseConstantSteps({0: 1}), reduction='sum', non_finite='drop_cycle')"
+    )
+    optimizer = GradientAccumulateOptimizer("sgd", 2)
+    optimizer.build([keras.Variable(0.0)])
+    optimizer.accum_steps = 4
+    assert repr(optimizer) == "GradientAccumulateOptimizer(SGD, accum_steps=4)"
 
 
 @pytest.mark.parametrize("module", ["tf_keras.src.optimizers.adam", "keras.optimizers.legacy"])
