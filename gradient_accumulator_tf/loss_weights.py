@@ -96,7 +96,7 @@ class LossRecorder:
         """The function to call in place of the compiled loss `loss`."""
 
         def recorded(y_true, y_pred, sample_weight=None):
-            value, values = _call_and_keep_values(loss, y_true, y_pred, sample_weight)
+            value, values = call_and_keep_values(loss, y_true, y_pred, sample_weight)
             if value.shape.rank != 0:
                 raise ValueError(
                     "A loss must be reduced to a scalar for training. Received: the loss "
@@ -131,7 +131,7 @@ class LossRecorder:
         )
 
 
-def _call_and_keep_values(loss, y_true, y_pred, sample_weight):
+def call_and_keep_values(loss, y_true, y_pred, sample_weight):
     """The loss, and the unreduced values that its `call` returned (None if it has no `call`)."""
     kept = []
 
