@@ -17,8 +17,8 @@ class Cause(NamedTuple):
     """Something in the model that makes accumulation differ from the large batch.
 
     Attributes:
-        kind: "batch_norm", "random", "state", "updates", "loss", "half_precision",
-            "not_deterministic" or "unknown".
+        kind: "batch_norm", "random", "state", "updates", "loss", "order",
+            "half_precision", "not_deterministic" or "unknown".
         where: Paths of layers or variables; empty for the model as a whole.
         advice: What it does, and what to do about it.
     """
@@ -33,33 +33,35 @@ class Evidence(NamedTuple):
 
     Attributes:
         random: Paths of the layers whose random states moved.
-        moved: Set of the `id` of each variable that moved: of a model with a `train_step` of its
-            own in the first micro-batch of a cycle, where nothing should; of others in the large
-            batches' training.
-        repeats: Whether the large batches' training, made again, ended in the same weights.
+        by_order: Whether the large batch ends elsewhere with its examples in another order.
         updates_per_batch: Number of updates that the large batches' training made for each.
+        weighted: Whether there are sample weights.
+        moved: The model's variables that moved: of a model with a `train_step` of its own in the
+            first micro-batch of a cycle, where none should; of others in the large batches'
+            training.
+        whole_losses: Names of the compiled losses that reduce to a number by themselves.
         better_reduction: "sum" or "mean" if the optimizer accumulates to the large batch with it,
             and not as it is; else None.
         loss_vector: Shape of a target with several elements that the training asked a gradient of,
             as text; or None.
-        whole_losses: Names of the compiled losses that reduce to a number by themselves.
-        weighted: Whether there are sample weights.
+        repeats: Whether the large batches' training, made again, ended in the same weights.
     """
 
     random: tuple
-    moved: set
-    repeats: bool
+    by_order: bool
     updates_per_batch: float
-    better_reduction: Any
-    loss_vector: Any
-    whole_losses: tuple
     weighted: bool
+    moved: list
+    whole_losses: tuple = ()
+    better_reduction: Any = None
+    loss_vector: Any = None
+    repeats: bool = True
 
 
 def causes_of(model, way, evidence):
     """What is known to make a difference, of what is in the model."""
     if evidence.better_reduction is not None:
-        yield _wrong_reduction(evidence)
+        yield _wrong_reduction(way, evidence)
         return
     found = list(_causes_in_layers(model, way, evidence))
     yield from found
@@ -96,7 +98,7 @@ def causes_of(model, way, evidence):
         )
 
 
-def _wrong_reduction(evidence):
+def _wrong_reduction(way, evidence):
     """The cause that another reduction of the optimizer removes, which was tried."""
     if evidence.better_reduction == "sum":
         vector = "a vector, which `tape.gradient` sums"
@@ -106,7 +108,11 @@ def _wrong_reduction(evidence):
             f"is a sum over the examples, or is not reduced ({vector}), while the optimizer takes "
             "the mean over micro-batches: each step is too small, by their number. Pass "
             'reduction="sum" to GradientAccumulateOptimizer, with which it is equal (tried); or '
-            "take the loss's mean over the examples before its gradient."
+            + (
+                "take the loss's mean over the examples before its gradient."
+                if way.has_own_step
+                else "use GradientAccumulateModel, which sums it by itself."
+            )
         )
     else:
         advice = (
@@ -139,7 +145,8 @@ def _causes_in_layers(model, way, evidence):
     others = {id(w) for _, v in layers if is_like_batch_norm(v) for w in v.weights}
     if not way.has_own_step:
         others |= {id(v) for v in model.trainable_weights}
-    state = tuple(v.path for v in model.weights if id(v) in evidence.moved - others)
+    moved = {id(v) for v in evidence.moved}
+    state = tuple(v.path for v in model.weights if id(v) in moved - others)
     if state and way.has_own_step:
         yield Cause(
             "state",
@@ -155,6 +162,15 @@ def _causes_in_layers(model, way, evidence):
             "is changed in each forward pass, so once per micro-batch. If the layer uses it in "
             "training, its outputs are others than the large batch's. Change it once per update "
             "instead: not in `call`, but in a callback, where `ended_in_update` is true.",
+        )
+    if evidence.by_order and not evidence.random and evidence.repeats:
+        yield Cause(
+            "order",
+            (),
+            "the large batch itself ends elsewhere with its examples in another order. A loss or "
+            "a layer that takes examples by their place in the batch (pairs of neighbours, a shift "
+            "along axis 0) needs micro-batches of whole pairs. If there is none, rounding alone "
+            "does it: compare in float64, with fewer updates or a smaller learning rate.",
         )
     half = {v.compute_dtype for _, v in layers} & {"float16", "bfloat16"}
     if half:

@@ -36,7 +36,8 @@ def effective_batches(x, y, sample_weight, batch_size, updates):
         if y is not None or sample_weight is not None:
             raise ValueError(
                 "`y` and `sample_weight` must not be given with a tf.data.Dataset, which yields "
-                f"them. Received: y={y!r}, sample_weight={sample_weight!r}. Leave them out, and "
+                f"them. Received: y of type {type(y).__name__}, sample_weight of type "
+                f"{type(sample_weight).__name__}. Leave them out, and "
                 "let the dataset yield (x, y) or (x, y, sample_weight)."
             )
         data = _from_dataset(x, None if batch_size is None else updates * batch_size)
