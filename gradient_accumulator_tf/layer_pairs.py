@@ -5,7 +5,7 @@ import keras
 from gradient_accumulator_tf import _compat
 
 
-def paired_layers(old, new):
+def paired_layers(old, new, same_classes=True):
     """The layers in a model or layer with those that stand for them in another of its kind.
 
     A layer in a graph is known again by its name, or by its place in the graph where another call
@@ -15,6 +15,7 @@ def paired_layers(old, new):
     Args:
         old: A model or layer.
         new: The other one. Layers in it are built as those of `old` are.
+        same_classes: Whether those that are paired must have one class.
 
     Returns:
         List of tuples (layer of `old`, layer of `new`), each once: the two themselves, then what
@@ -23,6 +24,7 @@ def paired_layers(old, new):
     Raises:
         ValueError: If a layer in one has none in the other, with their names.
     """
+    # By `id`: the pair of each layer of `old`, and what each of `new` stands for.
     pairs, taken = {}, {}
 
     def pair(old, new, path):
@@ -34,7 +36,8 @@ def paired_layers(old, new):
                     f"{_names([old if known is None else known[1], new])}."
                 )
             return
-        if type(old) is not type(new) and not _are_plain_graphs(old, new):
+        one_class = type(old) is type(new) or _are_plain_graphs(old, new)
+        if same_classes and not one_class:
             raise ValueError(
                 f"{path} is a {type(old).__name__} in one, {_names([new])} in the other."
             )
@@ -109,10 +112,13 @@ def _children(old, new, path):
                 left.remove(a)
                 missing.remove(like[1][0])
     if left or missing:
-        raise ValueError(
-            f"{path} holds {_names(left) or 'nothing'} in one, which cannot be told from, or has "
-            f"no counterpart in, {_names(missing) or 'nothing'} in the other."
-        )
+        held = [
+            f"{_names(layers)} in {which}"
+            for layers, which in ((left, "one"), (missing, "the other"))
+            if layers
+        ]
+        rest = "and cannot be told apart" if left and missing else "and nothing in its place"
+        raise ValueError(f"{path} holds {' and '.join(held)}, {rest}.")
     return found
 
 

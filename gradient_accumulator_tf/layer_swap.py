@@ -363,7 +363,8 @@ def _matched(pairs):
             yield old, new
             continue
         try:
-            matched = paired_layers(old, new)
+            # Its class may construct batch norm where another layer was put since.
+            matched = paired_layers(old, new, same_classes=False)
         except ValueError as error:
             raise ValueError(
                 "A layer with layers in it is copied through `get_config` and `from_config`, which "
