@@ -38,9 +38,7 @@ def paired_layers(old, new, same_classes=True):
             return
         one_class = type(old) is type(new) or _are_plain_graphs(old, new)
         if same_classes and not one_class:
-            raise ValueError(
-                f"{path} is a {type(old).__name__} in one, {_names([new])} in the other."
-            )
+            raise ValueError(f"{path} is {_names([old])} in one, {_names([new])} in the other.")
         pairs[id(old)], taken[id(new)] = (old, new), old
         _build_like(old, new)
         for name, a, b in _children(old, new, path):
