@@ -254,8 +254,8 @@ class Way:
             )
         compiled = {**self._compiled, "optimizer": optimizer, "steps_per_execution": 1}
         base = GradientAccumulateModel if isinstance(copy, GradientAccumulateModel) else keras.Model
-        if copy.compiled:
-            # By the function that made it, with what a `compile` of its own takes.
+        if self._make is not None:
+            # The function compiled it, with what a `compile` of its own takes.
             base.compile(copy, **compiled)
             return Copy(copy, pairs)
         try:
