@@ -1,28 +1,27 @@
 """check_equivalence: does a model that accumulates train as on the large batch, and if not, why?"""
 
+import contextlib
+import warnings
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf._checks import check_number, check_positive_int
 from gradient_accumulator_tf.equivalence_causes import (
+    Evidence,
     causes_of,
     random_layers,
-    repeats_itself,
+    recorded_vectors,
+    reduced_by_themselves,
 )
-from gradient_accumulator_tf.model import GradientAccumulateModel
-from gradient_accumulator_tf.model_copy import carry_state, copy_model, copy_optimizer
-from gradient_accumulator_tf.model_wrapper import overridden_methods
-from gradient_accumulator_tf.optimizer import (
-    GradientAccumulateOptimizer,
-    accumulating_optimizer,
-)
+from gradient_accumulator_tf.equivalence_data import effective_batches, rows
+from gradient_accumulator_tf.equivalence_ways import Way, check_model
 
 SHOWN = 12  # rows of the table
 REORDERED = 3  # how much further than the reordered batch a variable may be
+BY_ORDER = 0.1  # of the movement: what is further off in another order is not by rounding
 
 
 class VariableDifference(NamedTuple):
@@ -92,7 +91,7 @@ class EquivalenceReport(NamedTuple):
 def check_equivalence(
     model,
     x,
-    y,
+    y=None,
     *,
     micro_batch_size=None,
     accum_steps=None,
@@ -107,7 +106,8 @@ def check_equivalence(
     Three copies start from the model's weights, optimizer state and random states: one makes
     `updates` updates on large batches of `batch_size` examples, one accumulates over the same
     examples, and one takes the large batches with their examples in another order, which shows
-    what rounding alone does. The model itself is not touched.
+    what rounding alone does. If the second differs from the first, two more are trained to find
+    out why. The model itself is not touched.
 
     What accumulates is
 
@@ -136,12 +136,16 @@ def check_equivalence(
         model: A compiled and built Keras model, made outside of any strategy, which is copied
             through its config; or a function of no arguments that returns one, for models that
             have none, such as subclassed ones without `get_config`.
-        x: Inputs: an array or tensor of shape `(examples, ...)`, or a nested structure of such.
-        y: Targets; the same.
+        x: Inputs: an array or tensor of shape `(examples, ...)`, of numbers or strings, or a
+            nested structure of such. Or a `tf.data.Dataset` of batches, as for `fit`: their
+            examples are put together, as many as are needed, and cut into effective batches of
+            `batch_size`, whatever the dataset's own batches are.
+        y: Targets; the same. None (default) for a dataset, or a model that takes none.
         micro_batch_size: Integer >= 1, examples per micro-batch.
         accum_steps: Integer >= 1, micro-batches per update; must divide `batch_size`.
         sample_weight: Optional weights, as for `fit`.
-        batch_size: Integer >= 1, examples of an effective batch. None (default) is all of `x`.
+        batch_size: Integer >= 1, examples of an effective batch. None (default) is all of `x`,
+            which a dataset without an end does not have.
         updates: Integer >= 1, how many updates to make. They begin again with the first examples
             when all have been used.
         tolerance: Number > 0; see above.
@@ -152,50 +156,107 @@ def check_equivalence(
         `report.causes`.
 
     Raises:
-        TypeError: If `model` is not a Keras model, or a count not an integer.
+        TypeError: If `model` is not a Keras model, a count not an integer, or `x` neither arrays
+            nor a dataset (a generator, a `keras.utils.PyDataset`).
         ValueError: If the model is not compiled, not built, or cannot be copied; if not exactly one
-            way to accumulate is given; or if the sizes do not fit each other.
+            way to accumulate is given; if nothing is accumulated, as an effective batch is one
+            micro-batch; or if the sizes do not fit each other.
     """
     make = None
     if callable(model) and not isinstance(model, keras.Model):
         make = model
         model = make()
-    _check_model(model)
-    data = tf.nest.map_structure(
-        lambda a: None if a is None else np.asarray(a), (x, y, sample_weight)
-    )
-    way = _Way(model, make, micro_batch_size, accum_steps)
-    order = _order(data, batch_size, check_positive_int("updates", updates, "updates to make"))
-    size, tolerance = order.shape[1], check_number("tolerance", tolerance)
-    first, one = [v.numpy() for v in model.weights], _rows(data, slice(0, 1))[0]
+    check_model(model)
+    updates = check_positive_int("updates", updates, "updates to make")
+    tolerance = check_number("tolerance", tolerance)
+    way = Way(model, make, micro_batch_size, accum_steps)
+    data, order = effective_batches(x, y, sample_weight, batch_size, updates)
+    size = order.shape[1]
+    micro_batch = way.batch_size(size)
+    one, weights = rows(data, slice(0, 1))[0], model.weights
+    first = [v.numpy() for v in weights]
 
-    def trained(make_copy, order, batch_size):
-        copy = make_copy(one)
-        x, y, sample_weight = _rows(data, order.ravel())
-        fit = {"batch_size": batch_size, "shuffle": False, "verbose": 0}
-        copy.fit(x, y, sample_weight=sample_weight, **fit)
+    def trained(copy, order, batch_size, tells_warnings=False, **fit):
+        x, y, sample_weight = rows(data, order.ravel())
+        fit = {"batch_size": batch_size, "shuffle": False, "verbose": 0, **fit}
+        with _quietly(tells_warnings):
+            copy.model.fit(x, y, sample_weight=sample_weight, **fit)
         return copy
 
-    large = trained(way.large, order, size)
-    accumulated = trained(way.accumulated, order, way.batch_size(size))
-    other = trained(way.large, np.random.default_rng(0).permuted(order, axis=1), size)
-    # Random layers draw alike, but for other examples.
-    random = random_layers(model, large)
-    ends = ([v.numpy() for v in m.weights] for m in (large, accumulated, other))
-    paths = [v.path for v in model.weights]
-    factor = 0 if random else REORDERED
-    variables = [
-        _difference(*values, tolerance, factor) for values in zip(paths, first, *ends, strict=True)
-    ]
-    equivalent = all(v.within for v in variables)
+    large = way.large(one)
+    start, updates_before = large.state(), large.updates()
+    trained(large, order, size)
+    accumulated = trained(way.accumulated(one), order, micro_batch, tells_warnings=True)
+    other = trained(way.large(one), np.random.default_rng(0).permuted(order, axis=1), size)
+    end, reordered = large.values_of(weights), other.values_of(weights)
+    random, by_order = random_layers(model, large.moved()), _depend_on_order(first, end, reordered)
+    # What another order changes is more than rounding, or random layers draw for other examples.
+    factor = 0 if random or by_order else REORDERED
+
+    def differences(copy):
+        paths, values = [v.path for v in weights], copy.values_of(weights)
+        return tuple(
+            _difference(*each, tolerance, factor)
+            for each in zip(paths, first, end, values, reordered, strict=True)
+        )
+
+    def is_equivalent(copy):
+        return all(v.within for v in differences(copy))
+
+    variables, equivalent = differences(accumulated), is_equivalent(accumulated)
     causes = ()
     if not equivalent:
-        repeats = repeats_itself(way.large(one), _rows(data, slice(0, size))[0])
-        causes = tuple(causes_of(model, way, large, first, data, random, repeats))
-    report = EquivalenceReport(equivalent, tuple(variables), causes, way.setting(size, updates))
+        evidence = Evidence(
+            random=random,
+            by_order=by_order,
+            updates_per_batch=(large.updates() - updates_before) / updates,
+            weighted=data[2] is not None,
+            moved=[] if way.has_own_step else large.moved(),
+        )
+        with _quietly(tells_warnings=False):
+            evidence = evidence._replace(
+                whole_losses=reduced_by_themselves(large.model, rows(data, order[0]))
+            )
+        if way.calls_optimizer:
+            reduction = "sum" if way.reduction == "mean" else "mean"
+            with recorded_vectors() as vectors:
+                copy = trained(way.accumulated(one, reduction), order, micro_batch)
+            evidence = evidence._replace(
+                better_reduction=reduction if is_equivalent(copy) else None,
+                loss_vector=next(iter(vectors), None),
+            )
+        if way.has_own_step and evidence.updates_per_batch <= 1:
+            copy, moved = way.accumulated(one), []
+            # As the batch ends, since the end of `fit` makes an update of what there is.
+            end_of_batch = keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: moved.extend(copy.moved())
+            )
+            trained(copy, order[0, :micro_batch], micro_batch, callbacks=[end_of_batch])
+            evidence = evidence._replace(moved=moved)
+        large.set_state(start)
+        repeats = is_equivalent(trained(large, order, size))
+        causes = tuple(causes_of(model, way, evidence._replace(repeats=repeats)))
+    report = EquivalenceReport(equivalent, variables, causes, way.setting(size, updates))
     if verbose:
         print(report)
     return report
+
+
+def _depend_on_order(first, end, reordered):
+    """Whether the large batch ends elsewhere with its examples in another order, as a whole.
+
+    Single variables may for rounding, such as a bias before a batch norm, which has no gradient.
+    """
+
+    def norm(starts, ends):
+        return np.linalg.norm(
+            [
+                float(np.linalg.norm(np.asarray(b, "float64") - np.asarray(a, "float64")))
+                for a, b in zip(starts, ends, strict=True)
+            ]
+        )
+
+    return bool(norm(end, reordered) > BY_ORDER * norm(first, end))
 
 
 def _difference(path, start, end, value, other, tolerance, factor):
@@ -208,195 +269,26 @@ def _difference(path, start, end, value, other, tolerance, factor):
     return VariableDifference(path, movement, difference, reordered, within)
 
 
-def _check_model(model):
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a compiled Keras 3 model, or a function that returns one. "
-            f"Received: {model!r} (of type {type(model).__name__})."
-        )
-    if not model.compiled or model.optimizer is None:
-        raise ValueError(
-            "`model` must be compiled, so that its copies can be trained. Received: "
-            f"{type(model).__name__} {model.name!r}, which is not. Call "
-            "model.compile(optimizer, loss) first."
-        )
-    if not model.built:
-        raise ValueError(
-            "`model` must be built, so that its copies start with its weights. Received: "
-            f"{type(model).__name__} {model.name!r}, which is not. Give it a keras.Input, or call "
-            "it on some inputs first."
-        )
-    if model.distribute_strategy.num_replicas_in_sync > 1:
-        raise ValueError(
-            "`model` must be made outside of a strategy, as `check_equivalence` trains on one "
-            f"device. Received: a model on {model.distribute_strategy.num_replicas_in_sync} "
-            "replicas. Check one that is made in the same way outside of the scope."
-        )
+@contextlib.contextmanager
+def _quietly(tells_warnings):
+    """Without what TensorFlow says of many traces, which are ours: each copy has its own.
 
-
-class _Way:
-    """How a model accumulates: makes the copy that does, and the one for the large batch.
-
-    Attributes:
-        wrapper: "model" or "optimizer".
+    Args:
+        tells_warnings: Whether warnings of the training are shown, as they are of one copy.
     """
 
-    def __init__(self, model, make, micro_batch_size, accum_steps):
-        self._model, self._make = model, make
-        self._compiled = _compat.compile_arguments(model)
-        self._arguments = {"micro_batch_size": micro_batch_size, "accum_steps": accum_steps}
-        given = [name for name, value in self._arguments.items() if value is not None]
-        received = f"micro_batch_size={micro_batch_size!r}, accum_steps={accum_steps!r}"
-        self._own = accumulating_optimizer(model.optimizer)
-        self._is_wrapped = isinstance(model, GradientAccumulateModel)
-        if self._is_wrapped or self._own is not None:
-            if given:
-                raise ValueError(
-                    "A model that accumulates by itself is checked as it is. Received: "
-                    f"{received}. Leave them out, or pass the model without its wrapper."
-                )
-            owner = model if self._is_wrapped else self._own
-            self._arguments = {
-                "micro_batch_size": getattr(owner, "micro_batch_size", None),
-                "accum_steps": owner.accum_steps,
-            }
-            if not isinstance(self._arguments["accum_steps"], int | None):
-                raise ValueError(
-                    "A schedule of accum_steps cannot be checked as a whole. Received: "
-                    f"accum_steps={owner.accum_steps!r}. Pass a copy with an integer."
-                )
-        elif len(given) != 1:
-            raise ValueError(
-                "Exactly one of `micro_batch_size` and `accum_steps` must be given. Received: "
-                f"{received}."
-            )
-        else:
-            check_positive_int(given[0], self._arguments[given[0]], "how to accumulate")
-        overridden = overridden_methods(model)
-        by_optimizer = self._own is not None or overridden
-        self.wrapper = "model" if self._is_wrapped or not by_optimizer else "optimizer"
-        if self.wrapper == "optimizer" and micro_batch_size is not None:
-            raise ValueError(
-                "A model that overrides a training method accumulates with the optimizer, across "
-                f"calls. Received: micro_batch_size={micro_batch_size} for "
-                f"{type(model).__name__} with its own {', '.join(overridden)}. Pass accum_steps."
-            )
+    def is_not_of_tracing(record):
+        return "triggered tf.function retracing" not in record.getMessage()
 
-    def setting(self, size, updates):
-        arguments = ", ".join(f"{k}={v}" for k, v in self._arguments.items() if v is not None)
-        wrappers = {"model": "GradientAccumulateModel", "optimizer": "GradientAccumulateOptimizer"}
-        return (
-            f"{wrappers[self.wrapper]}({arguments}) against the large batch of {size}, "
-            f"{updates} update{'s' if updates > 1 else ''}"
-        )
-
-    def batch_size(self, size):
-        """What `fit` takes at a time of an effective batch."""
-        if self._arguments["micro_batch_size"] is not None:
-            return size
-        steps = self._arguments["accum_steps"]
-        if size % steps:
-            raise ValueError(
-                "`batch_size` must be a multiple of `accum_steps`. Received: "
-                f"batch_size={size}, accum_steps={steps}. Pass a batch_size such as "
-                f"{max(size // steps, 1) * steps}."
-            )
-        return size // steps
-
-    def large(self, x):
-        """The copy for large batches."""
-        copy = self._copy(x)
-        if isinstance(copy, GradientAccumulateModel):
-            # A subclass with methods of its own: in one piece.
-            if copy.micro_batch_size is None:
-                copy.accum_steps = 1
-            else:
-                copy.micro_batch_size = np.iinfo("int32").max
-        return self._compile(copy, self._optimizer(copy))
-
-    def accumulated(self, x):
-        """The copy that accumulates."""
-        copy = self._copy(x)
-        optimizer = self._optimizer(copy)
-        if self.wrapper == "optimizer":
-            config = {"accum_steps": self._arguments["accum_steps"]}
-            if self._own is not None:
-                config = {k: v for k, v in self._own.get_config().items() if k != "optimizer"}
-            optimizer = GradientAccumulateOptimizer(optimizer, **config)
-        elif not self._is_wrapped:
-            copy = GradientAccumulateModel(model=copy, **self._arguments)
-        elif self._model.model is not None:
-            config = {**self._model.get_config(), **self._arguments, "model": copy}
-            copy = type(self._model)(**config)
-        return self._compile(copy, optimizer)
-
-    def _copy(self, x):
-        """A copy of the model, without a GradientAccumulateModel around it."""
-
-        def inner(model):
-            wrapped = isinstance(model, GradientAccumulateModel) and model.model is not None
-            return model.model if wrapped else model
-
-        if self._make is None:
-            return copy_model(inner(self._model), x)
-        copy = inner(self._make())
-        carry_state(inner(self._model), copy, x)
-        return copy
-
-    def _optimizer(self, copy):
-        """A copy of the innermost optimizer, which no wrapper is around."""
-        optimizer = self._model.optimizer
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            optimizer = optimizer.inner_optimizer
-        if isinstance(optimizer, GradientAccumulateOptimizer):
-            optimizer = optimizer.inner_optimizer
-        return copy_optimizer(optimizer, copy.trainable_variables)
-
-    def _compile(self, copy, optimizer):
-        scaler = self._model.optimizer
-        if isinstance(scaler, keras.optimizers.LossScaleOptimizer):
-            # It starts with the scale that the model's has come to.
-            scale = scaler.dynamic_scale if scaler.built else scaler.initial_scale
-            optimizer = keras.optimizers.LossScaleOptimizer(
-                optimizer,
-                initial_scale=float(tf.convert_to_tensor(scale)),
-                dynamic_growth_steps=scaler.dynamic_growth_steps,
-            )
-        compiled = {**self._compiled, "optimizer": optimizer, "steps_per_execution": 1}
-        copy.compile(**compiled)
-        return copy
-
-
-# The data.
-
-
-def _rows(data, rows):
-    return tf.nest.map_structure(lambda a: None if a is None else a[rows], data)
-
-
-def _examples(data):
-    sizes = {len(a) for a in tf.nest.flatten(data) if a is not None}
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(
-            "`x`, `y` and `sample_weight` must have the same number of examples, at least 1. "
-            f"Received: {sorted(sizes)}."
-        )
-    return sizes.pop()
-
-
-def _order(data, batch_size, updates):
-    """The examples of each effective batch, by index: an array of `(updates, batch_size)`."""
-    examples = _examples(data)
-    size = examples
-    if batch_size is not None:
-        size = check_positive_int("batch_size", batch_size, "examples of an effective batch", "")
-    if size > examples:
-        raise ValueError(
-            "`x` must have at least one effective batch. Received: "
-            f"{examples} examples with batch_size={size}. Pass more data or a smaller batch_size."
-        )
-    batches = np.arange(examples // size * size).reshape(-1, size)
-    return batches[np.arange(updates) % len(batches)]
+    logger = tf.get_logger()
+    logger.addFilter(is_not_of_tracing)
+    try:
+        with warnings.catch_warnings():
+            if not tells_warnings:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeFilter(is_not_of_tracing)
 
 
 def _quotient(difference, movement):

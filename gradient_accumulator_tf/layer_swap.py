@@ -13,6 +13,7 @@ from gradient_accumulator_tf.batch_norm import (
     is_known_batch_norm,
     is_like_batch_norm,
 )
+from gradient_accumulator_tf.layer_pairs import paired_layers
 from gradient_accumulator_tf.model_copy import as_uncompiled, copy_layer
 
 _TARGETS = ("accum", "group", "layer", "instance", "frozen", "batch")
@@ -404,15 +405,17 @@ def _matched(pairs):
         if _compat.is_functional(old):
             yield old, new
             continue
-        old_layers, new_layers = _compat.all_layers(old), _compat.all_layers(new)
-        if len(old_layers) != len(new_layers):
+        try:
+            # Its class may construct batch norm where another layer was put since.
+            matched = paired_layers(old, new, same_classes=False)
+        except ValueError as error:
             raise ValueError(
                 "A layer with layers in it is copied through `get_config` and `from_config`, which "
                 f"must give it the same layers. Received: {old.name!r} ({type(old).__name__}) "
-                f"with {len(old_layers) - 1}, and its copy with {len(new_layers) - 1}. Create them "
-                "in the constructor or in `build`, from what `get_config` returns."
-            )
-        yield from zip(old_layers, new_layers, strict=True)
+                f"whose copy is not like it: {error} Create them in the constructor or in `build`, "
+                "from what `get_config` returns."
+            ) from error
+        yield from matched
 
 
 def _carry_state(old, new):

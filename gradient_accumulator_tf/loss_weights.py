@@ -130,7 +130,7 @@ class LossRecorder:
         def recorded(y_true, y_pred, sample_weight=None):
             if self._same_shapes:
                 y_true = checked_targets(y_true, y_pred, self._examples)
-            value, values = _call_and_keep_values(loss, y_true, y_pred, sample_weight)
+            value, values = call_and_keep_values(loss, y_true, y_pred, sample_weight)
             if value.shape == (0,):
                 value = tf.reduce_sum(value)  # of a batch without examples Keras reduces nothing
             if value.shape.rank != 0:
@@ -200,7 +200,7 @@ class LossRecorder:
         )
 
 
-def _call_and_keep_values(loss, y_true, y_pred, sample_weight):
+def call_and_keep_values(loss, y_true, y_pred, sample_weight):
     """The loss, and the unreduced values that its `call` returned (None if it has no `call`)."""
     kept = []
 

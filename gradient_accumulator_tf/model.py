@@ -572,7 +572,11 @@ class GradientAccumulateModel(ModelWrapper):
 
         It is the weight of regularisers and of scalars given to `add_loss`, and of all that a
         `compute_loss` of your own returns, if that calls none of the losses given to `compile`.
-        Return what the loss was divided by, for example the number of valid tokens:
+        So it is of a loss function given to `compile` that returns one number for the whole
+        micro-batch, such as one that divides by its own mask. (One that returns a value for each
+        element has its weight by itself: with the reduction "mean_with_sample_weight", the sum of
+        the sample weights.) Return what the loss was divided by, for example the number of valid
+        tokens:
 
         ```python
         def micro_batch_weight(self, x, y, sample_weight):

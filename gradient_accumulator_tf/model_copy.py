@@ -1,4 +1,4 @@
-"""Copies of layers, optimizers and models, with the same state and no part in common."""
+"""Copies of layers and models, with the same state and no part in common."""
 
 import contextlib
 
@@ -6,6 +6,16 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
+from gradient_accumulator_tf.layer_pairs import paired_layers, paired_variables
+
+_RUN_IN_TRAINING = (
+    "train_step",
+    "make_train_function",
+    "train_on_batch",
+    "fit",
+    "compute_loss",
+    "compile",
+)
 
 
 def copy_layer(layer):
@@ -21,13 +31,6 @@ def copy_layer(layer):
             config["output_shape"] = layer.compute_output_shape
         return type(layer)(**config)
     return type(layer).from_config(config)
-
-
-def copy_optimizer(optimizer, variables):
-    """A Keras optimizer for other variables of the same paths, with the same state."""
-    if optimizer.built:
-        return _compat.rebuilt_optimizer(optimizer, variables)
-    return type(optimizer).from_config(optimizer.get_config())
 
 
 @contextlib.contextmanager
@@ -53,25 +56,33 @@ def copy_model(model, x):
         model: A built Keras model.
         x: Inputs to build the copy with.
 
+    Returns:
+        The copy, and what `carry_state` returns.
+
     Raises:
         ValueError: If it cannot be copied through its config.
     """
     classes = {type(layer).__name__: type(layer) for layer in _compat.all_layers(model)}
-    try:
-        with keras.saving.custom_object_scope(classes), as_uncompiled(model):
-            if _compat.is_functional(model):
-                copy = keras.models.clone_model(model, clone_function=copy_layer, recursive=True)
-            else:
-                copy = type(model).from_config(model.get_config())
-        carry_state(model, copy, x)
-    except Exception as error:  # whatever a layer's methods raise
-        raise ValueError(
-            "The model must be one that can be copied through `get_config` and `from_config`, as "
-            f"it is left alone itself. Received: {type(model).__name__} {model.name!r}, for which "
-            f"Keras says {type(error).__name__}: {error} Give it, or the layer in question, the "
-            "two methods, or pass a function that returns the compiled model."
-        ) from error
-    return copy
+    ways = [lambda: type(model).from_config(model.get_config())]
+    if _compat.is_functional(model):
+        ways.insert(0, lambda: _clone(model, {}))
+    errors = []
+    for way in ways:
+        try:
+            with keras.saving.custom_object_scope(classes), as_uncompiled(model):
+                copy = way()
+            if type(copy) is not type(model) and not _trains_as_its_graph(model):
+                raise TypeError(f"it is a {type(copy).__name__}.")
+            return copy, carry_state(model, copy, x)
+        except Exception as error:  # whatever a layer's methods raise
+            errors.append(error)
+    found = dict.fromkeys(f"{type(error).__name__}: {error}" for error in errors)
+    raise ValueError(
+        "The model must be one that can be copied through `get_config` and `from_config`, as it is "
+        f"left alone itself. Received: {type(model).__name__} {model.name!r}, whose copy is not "
+        f"like it, or fails. {' '.join(found)} Give it, or the layer in question, the two methods, "
+        "or pass a function that returns the compiled model."
+    ) from errors[-1]
 
 
 def carry_state(old, new, x):
@@ -81,15 +92,62 @@ def carry_state(old, new, x):
         old: A built model.
         new: The other one, built or not.
         x: Inputs to build it with.
+
+    Returns:
+        List of tuples (variable of `old`, variable of `new`).
+
+    Raises:
+        ValueError: If the two have not the same layers and variables, with their names.
     """
-    if not _compat.is_functional(new):
+    if not new.built:
         new(tf.nest.map_structure(tf.convert_to_tensor, x))
-    layers = zip(_compat.all_layers(new), _compat.all_layers(old), strict=True)
-    for layer, like in layers:
-        if layer.trainable != like.trainable:
-            layer.trainable = like.trainable
-    shapes, wanted = ([tuple(v.shape) for v in m.variables] for m in (new, old))
-    if shapes != wanted:
-        raise ValueError(f"a model with variables of shapes {shapes}, in place of {wanted}.")
-    for variable, value in zip(new.variables, old.variables, strict=True):
-        variable.assign(value)
+    layers = paired_layers(old, new)
+    # A layer's flag is set on all that is in it, and what is in it may be in others as well.
+    for _ in layers:
+        for a, b in layers:
+            if a.trainable != b.trainable:
+                b.trainable = a.trainable
+    variables = paired_variables(layers)
+    for a, b in variables:
+        b.assign(a)
+        if a.trainable != b.trainable:
+            b.trainable = a.trainable
+    return variables
+
+
+def _clone(model, copies):
+    """A copy of a functional model's graph, and of the layers that it holds beside it.
+
+    Args:
+        model: The model; its copy may be of a plainer class.
+        copies: Dict of copies by the `id` of the layer, which is added to.
+    """
+
+    def copy_of(layer):
+        if id(layer) not in copies:
+            is_graph = _compat.is_functional(layer)
+            copies[id(layer)] = _clone(layer, copies) if is_graph else copy_layer(layer)
+        return copies[id(layer)]
+
+    def copy_in(value):
+        if isinstance(value, keras.Layer):
+            return copy_of(value)
+        if isinstance(value, dict):
+            return {key: copy_in(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            items = map(copy_in, value)
+            return value.__class__(*items) if hasattr(value, "_fields") else tuple(items)
+        return list(map(copy_in, value)) if isinstance(value, list) else value
+
+    clone = keras.models.clone_model(model, clone_function=copy_of)
+    for name in dict.fromkeys(path[0] for path in _compat.held_layers_by_path(model)):
+        if name not in vars(clone):  # neither Keras's own nor set in its constructor
+            setattr(clone, name, copy_in(vars(model)[name]))
+    return clone
+
+
+def _trains_as_its_graph(model):
+    """Whether a functional model's class adds nothing that training runs."""
+    return _compat.is_plain_functional(model) and all(
+        getattr(type(model), name) is getattr(keras.Model, name) for name in _RUN_IN_TRAINING
+    )

@@ -1,5 +1,7 @@
 """check_equivalence says of each model whether it accumulates to the large batch, and why not."""
 
+import logging
+
 import keras
 import numpy as np
 import pytest
@@ -67,6 +69,11 @@ class WithConfig(Subclassed):
         return {"units": self.dense.units}
 
 
+class OwnCompile(WithConfig):
+    def compile(self, rate):
+        super().compile(keras.optimizers.SGD(rate), "mse")
+
+
 class OwnStep(Subclassed):
     """A model with the usual `train_step` of its own."""
 
@@ -88,6 +95,13 @@ class OwnCall(GradientAccumulateModel):
         return self.dense(x)
 
 
+def own_compile():
+    model = OwnCompile(4)
+    model(X[:1])
+    model.compile(0.1)
+    return model
+
+
 def built(model, optimizer="sgd"):
     model(X[:1])
     model.compile(optimizer, "mse")
@@ -100,6 +114,35 @@ def nested():
     x = keras.layers.Lambda(lambda x: x + 1.0)(inputs)
     model = keras.Model(inputs, keras.layers.Dense(1)(inner(inner(inputs) @ np.ones((4, 5)) + x)))
     model.compile("rmsprop", lambda y, p: keras.ops.mean((y - p) ** 2, axis=-1))
+    return model
+
+
+class Task(keras.Model):
+    """Holds its layers before its graph does, in another order, as KerasHub's tasks do."""
+
+    def __init__(self):
+        self.head = keras.layers.Dense(5, trainable=False)
+        self.preprocessor = keras.layers.Rescaling(2.0)
+        inputs = keras.Input((5,))
+        body = keras.layers.Dense(5, "tanh")
+        super().__init__(inputs, self.head(body(self.preprocessor(inputs))))
+
+
+def task():
+    model = Task()
+    model.compile("sgd", "mse")
+    return model
+
+
+class ToldItsMask(OwnCall):
+    def micro_batch_weight(self, x, y, sample_weight):
+        return keras.ops.sum(keras.ops.cast(y > 0, "float32"))
+
+
+def told_its_mask():
+    model = ToldItsMask(micro_batch_size=8)
+    model(X[:1])
+    model.compile("sgd", masked)
     return model
 
 
@@ -119,12 +162,19 @@ EQUAL = {
     "nested, Lambda, loss a lambda": lambda: (nested(), {}),
     "subclassed": lambda: (lambda: built(Subclassed(4)), {"micro_batch_size": 8}),
     "with a config": lambda: (built(WithConfig(4)), {"micro_batch_size": 8}),
+    "own compile": lambda: (lambda: own_compile(), {"micro_batch_size": 8}),
     "own train_step": lambda: (lambda: built(OwnStep(4)), {"accum_steps": 4}),
     "GradientAccumulateModel": lambda: (wrapped(micro_batch_size=8), {}),
     "GradientAccumulateModel, accum_steps": lambda: (wrapped(accum_steps=4), {}),
     "exact batch norm": lambda: (
         wrapped(keras.layers.BatchNormalization(), micro_batch_size=8, batch_norm="exact"),
         {},
+    ),
+    "layers in attributes": lambda: (task(), {}),
+    "mask told by micro_batch_weight": lambda: (lambda: told_its_mask(), OWN_WAY),
+    "mask as weights": lambda: (
+        model_of(loss=keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")),
+        {"sample_weight": (Y[:, 0] > 0).astype("float32")},
     ),
     "subclass of GradientAccumulateModel": lambda: (lambda: built(OwnCall(8)), OWN_WAY),
 }
@@ -184,6 +234,29 @@ def in_block():
     return keras.Sequential([keras.layers.Dense(4), batch_norm()], name="block")
 
 
+def shifted(y, y_pred):
+    """Each prediction against the target of the example before it in the batch."""
+    return keras.ops.square(keras.ops.roll(y, 1, axis=0) - y_pred)
+
+
+def masked(y, y_pred):
+    """Divides by its own mask."""
+    mask = keras.ops.cast(y > 0, "float32")
+    return keras.ops.sum(mask * keras.ops.square(y - y_pred)) / keras.ops.sum(mask)
+
+
+# What each cause's advice must say: the way out.
+WAYS_OUT = {
+    "batch_norm": ['batch_norm="exact"', "swap_batch_norm", "freeze"],
+    "random": ["set its rate to 0"],
+    "state": ["callback", "ended_in_update"],
+    "order": ["micro-batches of whole pairs", "float64"],
+    "unknown": ["axis 0", "one example at a time", "GradientCheckpoint"],
+    "not_deterministic": ["keras.random.SeedGenerator", "enable_op_determinism"],
+    "half_precision": ["Compare in float32"],
+    "loss": ["micro_batch_weight", "mean_with_sample_weight", "sample_weight"],
+}
+
 DIFFERENT = {
     "batch_norm": (lambda: model_of(batch_norm()), "batch_norm", ("norm",)),
     "AccumBatchNorm": (lambda: model_of(AccumBatchNorm(name="norm")), "batch_norm", ("norm",)),
@@ -191,6 +264,8 @@ DIFFERENT = {
     "dropout": (lambda: model_of(keras.layers.Dropout(0.3, name="drop")), "random", ("drop",)),
     "counter": (lambda: model_of(Counts(name="count")), "state", ("sequential/count/variable",)),
     "contrastive": (lambda: model_of(loss=AcrossExamples()), "unknown", ()),
+    "by order": (lambda: model_of(loss=shifted), "order", ()),
+    "loss divides by its mask": (lambda: model_of(loss=masked), "loss", ("masked",)),
     "tf.random": (lambda: model_of(Draws()), "not_deterministic", ()),
     "half": (
         lambda: model_of(keras.layers.Dense(8, dtype="mixed_bfloat16")),
@@ -209,6 +284,7 @@ def test_what_differs_is_found_with_its_cause(name, capsys):
     assert kinds(report) == [kind]
     if name != "counter":
         assert report.causes[0].where == where
+    assert all(words in report.causes[0].advice for words in WAYS_OUT[kind])
     assert "Not equivalent" in str(report) and kind in str(report)
     assert capsys.readouterr().out == ""
 
@@ -237,8 +313,8 @@ def test_what_an_optimizer_alone_cannot_know(name):
     y = np.repeat(Y, 6, axis=1)[..., None] if name == "mask" else Y
     report = check_equivalence(model, x, y, verbose=0, **arguments)
     assert not report.equivalent
-    assert kinds(report) == ["loss", "loss"]
-    assert {"a sum": "sum", "sample weights": "weight=", "mask": "weight="}[name] in (
+    assert kinds(report) == (["loss"] if name == "a sum" else ["loss", "loss"])
+    assert {"a sum": 'reduction="sum"', "sample weights": "weight=", "mask": "weight="}[name] in (
         report.causes[0].advice
     )
     if name == "mask":
@@ -317,6 +393,13 @@ def test_a_deep_model_shows_what_is_furthest_off():
         ({}, "Exactly one of `micro_batch_size` and `accum_steps`.*Received: micro.*None"),
         ({"micro_batch_size": 4, "accum_steps": 2}, "Exactly one.*=4, accum_steps=2"),
         ({"micro_batch_size": 0}, "`micro_batch_size` must be an integer >= 1.*=0"),
+        (
+            {"micro_batch_size": 32},
+            "smaller than the effective.*=32 for .*32.*micro_batch_size=16 or",
+        ),
+        ({"micro_batch_size": 9, "batch_size": 8}, "=9 for an effective batch of 8.*Pass micro"),
+        ({"micro_batch_size": 1, "batch_size": 1}, "=1 for an effective batch of 1.*more examples"),
+        ({"accum_steps": 1}, "must be at least 2, or nothing is accumulated.*Pass accum_steps=2"),
         ({"accum_steps": 5}, "multiple of `accum_steps`. Received: batch_size=32, accum_steps=5"),
         ({"accum_steps": 2, "batch_size": 33}, "at least one effective batch.*32 examples"),
         ({"accum_steps": 2, "updates": 0}, "`updates` must be an integer >= 1"),
@@ -327,6 +410,111 @@ def test_a_deep_model_shows_what_is_furthest_off():
 def test_refuses_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         check_equivalence(model_of(), X, Y, **arguments)
+
+
+@pytest.mark.parametrize("wrap", [{"micro_batch_size": 32}, {"accum_steps": 1}])
+def test_refuses_a_wrapper_that_accumulates_nothing(wrap):
+    with pytest.raises(ValueError, match=r"or nothing is accumulated.*Received: .*=(32|1) for"):
+        check_equivalence(wrapped(**wrap), X, Y)
+    model = model_of(optimizer=GradientAccumulateOptimizer("sgd", 1))
+    with pytest.raises(ValueError, match=r"or nothing is accumulated.*Received: accum_steps=1"):
+        check_equivalence(model, X, Y)
+
+
+def of_words():
+    inputs = keras.Input((1,), dtype="string")
+    words = keras.layers.TextVectorization(output_sequence_length=3, vocabulary=["a", "b"])
+    x = keras.layers.Embedding(5, 4)(words(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(x)))
+    model.compile("sgd", "mse")
+    return model
+
+
+WORDS = np.array([["a b"], ["b"], ["c a"], ["b a b"]] * 8)
+BATCHES = tf.data.Dataset.from_tensor_slices((X, Y, WEIGHTS)).batch(5)
+FORMS = {
+    "str array": lambda: (WORDS, Y, {}),
+    "list of str": lambda: ([str(word) for word in WORDS[:, 0]], Y, {}),
+    "object array": lambda: (WORDS.astype(object), Y, {}),
+    "string tensor": lambda: (tf.constant(WORDS), Y, {}),
+    "dataset": lambda: (BATCHES, None, {}),
+    "dataset without an end": lambda: (BATCHES.repeat(), None, {"batch_size": 32}),
+}
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_takes_what_fit_takes(form):
+    x, y, arguments = FORMS[form]()
+    make = model_of if "dataset" in form else of_words
+    model = make()
+    report = check_equivalence(model, x, y, micro_batch_size=8, verbose=0, **arguments)
+    assert report.equivalent and all(v.movement > 1e-4 for v in report.variables)
+    # Of the same examples in the effective batch.
+    plain = [X, Y, WEIGHTS] if "dataset" in form else [tf.constant(WORDS), Y, None]
+    before = model.get_weights()
+    for _ in range(3):
+        model.fit(*plain[:2], sample_weight=plain[2], batch_size=32, shuffle=False, verbose=0)
+    moved = [np.linalg.norm(a - b) for a, b in zip(model.get_weights(), before, strict=True)]
+    np.testing.assert_allclose([v.movement for v in report.variables], moved, rtol=1e-3)
+
+
+def test_a_dataset_is_read_as_far_as_needed_and_cut_anew():
+    def elements():
+        for _ in range(4):
+            yield X[:5], Y[:5]
+        raise AssertionError("more than 2 updates of 8 examples was read")
+
+    spec = (tf.TensorSpec((None, 5)), tf.TensorSpec((None, 1)))
+    data = tf.data.Dataset.from_generator(elements, output_signature=spec)
+    arguments = {"micro_batch_size": 4, "batch_size": 8, "updates": 2, "verbose": 0}
+    report = check_equivalence(model_of(), data, **arguments)
+    assert report.equivalent and "large batch of 8, 2 updates" in report.setting
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return X, Y
+
+
+@pytest.mark.parametrize(
+    "x, y, error, message",
+    [
+        (iter(BATCHES), None, TypeError, r"x of type \w*Iterator.*x, y = next\(generator\)"),
+        ((pair for pair in [(X, Y)]), None, TypeError, r"x of type generator.*next\(generator\)"),
+        (Batches(), None, TypeError, r"x of type Batches.*x, y = dataset\[0\]"),
+        ({"a": tf.sparse.from_dense(X)}, Y, TypeError, r"x\['a'\] of type Sparse.*to_dense"),
+        (X, 3.0, TypeError, "y of type float"),
+        (BATCHES, Y, ValueError, "must not be given with a tf.data.Dataset.*y of type ndarray"),
+        (BATCHES.repeat(), None, ValueError, r"without an end.*Pass batch_size, or dataset\.take"),
+        (BATCHES.take(0), None, ValueError, "Received: an empty dataset"),
+        (
+            tf.data.Dataset.range(6).map(lambda n: (tf.zeros((2, n)), tf.zeros((2, 1)))),
+            None,
+            ValueError,
+            "same shape but for the number of examples.*padded_batch",
+        ),
+    ],
+)
+def test_refuses_data(x, y, error, message):
+    with pytest.raises(error, match=message):
+        check_equivalence(model_of(), x, y, micro_batch_size=4)
+
+
+def test_says_nothing_of_its_own_tracing(caplog):
+    said = []
+    logger = tf.get_logger()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        for _ in range(3):
+            check(model_of(), updates=1)
+    finally:
+        logger.removeHandler(handler)
+    assert not said
 
 
 class NoConfig(keras.layers.Layer):
@@ -356,6 +544,12 @@ def test_refuses_models():
         check(model_of(NoConfig(tf.abs)))
     with pytest.raises(ValueError, match=r"overrides a training method.*OwnStep.*train_step"):
         check(built(OwnStep(4)), micro_batch_size=8)
+    gan = built(Subclassed(4))
+    gan.second_optimizer = keras.optimizers.SGD()
+    with pytest.raises(ValueError, match=r"model\.optimizer. alone.*optimizers second_optimizer"):
+        check(gan)
+    with pytest.raises(ValueError, match=r"`compile` takes other arguments.*OwnCompile\.compile"):
+        check(own_compile())
     with mirrored().scope():
         model = model_of()
     with pytest.raises(ValueError, match=r"outside of a strategy.*2 replicas"):
