@@ -212,6 +212,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             return not self._keeps_no_sums()
         if self._groups_to_make or _holds_open_cycle(self._state_to_load or {}):
             return True
+        if any(weight.dtype == bool for weight in self._weights_to_set or ()):
+            return True  # only sums have such a variable: which of them were begun
         one_by_one = self._accum_steps == 1 and self._non_finite == PROPAGATE
         return not one_by_one or number_of_replicas() > 1
 
@@ -349,7 +351,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             # Past `__setattr__`, which would take the list for state to save.
             vars(self)["_weights_to_set"] = [np.array(w) for w in weights]
             return
-        if self._accumulator is not None and len(weights) > len(self.variables):
+        if len(weights) > len(self.variables):
+            if self._accumulator is None:
+                self._begin_to_accumulate()
             self._accumulator.make_groups_for(len(weights) - len(self._variables_from_build))
         super().set_weights(weights)
 

@@ -85,8 +85,9 @@ def test_through_a_loss_scale(expected):
     assert difference(_averages(model, MICRO), expected) < 1e-6
 
 
-def test_on_replicas(expected):
-    with mirrored().scope():
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_on_replicas(replicas, expected):
+    with mirrored(replicas).scope():
         model = _plain_model(GradientAccumulateOptimizer(_sgd(), STEPS))
     model.updated = lambda: model.optimizer.just_updated
     assert difference(_averages(model, MICRO), expected) < 1e-6

@@ -69,6 +69,18 @@ def test_training_goes_on_as_if_not_stopped(way, make, saved_after, tmp_path):
     assert difference(loaded.get_weights(), large.get_weights()) < 2e-6
 
 
+@pytest.mark.parametrize("make", [functional, masked])
+def test_an_open_cycle_is_in_the_file_if_no_further_one_is_to_come(make, tmp_path):
+    model = made("accum_steps", make)
+    train(model, 0, STEPS - 1)
+    model.accum_steps = 1
+    loaded = loaded_from(model, tmp_path)
+    for m in (model, loaded):
+        train(m, STEPS - 1, STEPS)
+    assert int(loaded.optimizer.iterations) == 1
+    assert difference(loaded.get_weights(), model.get_weights()) == 0.0
+
+
 def test_the_sums_of_further_denominators_are_in_the_file(tmp_path):
     model = made("accum_steps", masked)
     train(model, 0, 2)

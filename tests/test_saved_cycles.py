@@ -266,12 +266,13 @@ def test_a_loss_scale_that_is_not_built_keeps_what_is_loaded(tmp_path):
     assert float(loaded.optimizer.dynamic_scale) == 16.0
 
 
-def test_on_replicas(tmp_path):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_on_replicas(replicas, tmp_path):
     def micro_steps(model, gradients):
         for gradient in gradients:
             model.train_on_batch(np.full((2, 1), gradient), np.zeros((2, 1)))
 
-    with mirrored().scope():
+    with mirrored(replicas).scope():
         model, new = _model(3), _into(_model(2), True)
     micro_steps(model, GRADIENTS[:2])
     loaded = checkpoint(model, new, tmp_path, False)
