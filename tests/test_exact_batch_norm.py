@@ -219,6 +219,7 @@ def test_statistics_of_the_micro_batch_are_not(float64, make_model):
     assert difference(micro, large) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:Nothing accumulates:UserWarning")  # in one piece
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8, 100])
 def test_every_execution_and_micro_batch_size(float64, execution, micro_batch_size):
     expected = _train(_made(small))

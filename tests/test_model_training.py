@@ -252,6 +252,7 @@ def test_flush_does_nothing_within_a_step_or_before_compile():
     assert difference(state_of(model.weights), before) == 0.0
 
 
+@pytest.mark.filterwarnings("ignore:Nothing accumulates:UserWarning")
 @pytest.mark.parametrize("mode", [{"accum_steps": 1}, {"micro_batch_size": EFFECTIVE}], ids=MODES)
 def test_one_micro_batch_to_an_update_is_plain_training_bit_for_bit(mode):
     x, y, _ = regression_data(29)
