@@ -167,7 +167,9 @@ def check_equivalence(
         make = model
         model = make()
     check_model(model)
-    updates = check_positive_int("updates", updates, "updates to make")
+    updates = check_positive_int(
+        "updates", updates, "updates to make", "Pass updates=1 for the first one alone."
+    )
     tolerance = check_number("tolerance", tolerance)
     way = Way(model, make, micro_batch_size, accum_steps)
     data, order = effective_batches(x, y, sample_weight, batch_size, updates)

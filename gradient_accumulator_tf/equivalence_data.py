@@ -30,7 +30,10 @@ def effective_batches(x, y, sample_weight, batch_size, updates):
     """
     if batch_size is not None:
         batch_size = check_positive_int(
-            "batch_size", batch_size, "examples of an effective batch", ""
+            "batch_size",
+            batch_size,
+            "examples of an effective batch",
+            "Leave it out for one batch of all examples.",
         )
     if isinstance(x, tf.data.Dataset):
         if y is not None or sample_weight is not None:

@@ -59,6 +59,19 @@ class Copy(NamedTuple):
         return [*self.model.variables, *self.model.optimizer.variables]
 
 
+# What an argument counts, and what to pass in place of a number below 1.
+_ARGUMENTS = {
+    "micro_batch_size": (
+        "examples per micro-batch",
+        "Pass fewer examples than an effective batch has, such as micro_batch_size=8.",
+    ),
+    "accum_steps": (
+        "micro-batches per update",
+        "Pass accum_steps=2 or more, into which the effective batch can be divided.",
+    ),
+}
+
+
 class Way:
     """How a model accumulates: makes the copy that does, and the one for the large batch.
 
@@ -109,7 +122,9 @@ class Way:
                 f"{received}."
             )
         else:
-            check_positive_int(given[0], self._arguments[given[0]], "how to accumulate")
+            (name,) = given
+            meaning, instead = _ARGUMENTS[name]
+            check_positive_int(name, self._arguments[name], meaning, instead)
         overridden = overridden_methods(model)
         by_optimizer = self._own is not None or overridden
         self.wrapper = "model" if self._is_wrapped or not by_optimizer else "optimizer"

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf._checks import check_choice, check_positive_int
+from gradient_accumulator_tf._checks import check_choice, check_steps
 from gradient_accumulator_tf.accumulator import GradientAccumulator, counter
 from gradient_accumulator_tf.checkpoint_notes import CheckpointNotes, Untracked
 from gradient_accumulator_tf.conditional import run_on_replicas_if
@@ -194,7 +194,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 f"Compile with {type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), "
                 "which keeps the inner optimizer's state."
             )
-        self._take_accum_steps(check_positive_int("accum_steps", value, "micro-batches per update"))
+        self._take_accum_steps(check_steps(value, "micro-batches per update"))
 
     @property
     def steps_in_cycle(self):
