@@ -410,7 +410,9 @@ def test_throughput_on_replicas_and_under_a_loss_scale(way):
 
 
 def test_throughput_refuses_what_is_no_batch_size():
-    with pytest.raises(ValueError, match=r"batch_size.*>= 1.*Received: batch_size=0.*batch_size=1"):
+    with pytest.raises(
+        ValueError, match=r"batch_size.*>= 1.*Received: batch_size=0.*that fit is given"
+    ):
         ThroughputLogger(0)
     with pytest.raises(TypeError, match=r"batch_size.*Received: batch_size=2.5"):
         ThroughputLogger(2.5)

@@ -47,10 +47,19 @@ def rate(**sizes):
         (lambda: ThroughputLogger(batch_size=0), FIT),
         (lambda: rate(batch_size=0), FIT),
         (lambda: rate(base_batch_size=0), FOUND_WITH),
-        (lambda: checked(micro_batch_size=2, updates=0), "Pass updates=1 or more."),
-        (lambda: checked(micro_batch_size=2, batch_size=0), "Pass batch_size=1 or more."),
-        (lambda: checked(micro_batch_size=0), "Pass micro_batch_size=1 or more."),
-        (lambda: checked(accum_steps=0), "Pass accum_steps=1 or more."),
+        (lambda: checked(micro_batch_size=2, updates=0), "Pass updates=1 for the first one alone."),
+        (
+            lambda: checked(micro_batch_size=2, batch_size=0),
+            "Leave it out for one batch of all examples.",
+        ),
+        (
+            lambda: checked(micro_batch_size=0),
+            "Pass fewer examples than an effective batch has, such as micro_batch_size=8.",
+        ),
+        (
+            lambda: checked(accum_steps=0),
+            "Pass accum_steps=2 or more, into which the effective batch can be divided.",
+        ),
     ],
 )
 def test_the_remedy_is_that_of_the_argument(make, remedy):
