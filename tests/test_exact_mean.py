@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from gradient_accumulator_tf.loss_weights import denominator
+from gradient_accumulator_tf.model import _Effective
 from tests.oracle import dense_model, difference, regression_data
 
 REDUCTIONS = ["sum_over_batch_size", "mean", "mean_with_sample_weight"]
@@ -236,12 +237,13 @@ def _two_heads(masked=(), losses=("mean", "mean"), regularizer=None):
 )
 def test_gradient_buffers_are_as_many_as_the_page_says(arguments, weighted, within, across):
     x = tf.constant([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]])
-    for total, expected in ((tf.constant(4.0, tf.float64), within), (None, across)):
+    known = _Effective(total=tf.constant(4.0, tf.float64), weighed=None)
+    for effective, expected in ((known, within), (None, across)):
         net, losses = _two_heads(**arguments)
-        mode = {"accum_steps": 2} if total is None else {"micro_batch_size": 2}
+        mode = {"accum_steps": 2} if effective is None else {"micro_batch_size": 2}
         model = GradientAccumulateModel(model=net, **mode)
         model.compile("sgd", losses)
         y = [tf.ones((2, 5, 1))] * len(losses)
         data = (x, y, [tf.ones((2, 5))] * len(losses) if weighted else None)
         model._symbolic_build(data_batch=data)
-        assert len(model._micro_step(data, total).groups) == expected
+        assert len(model._micro_step(data, effective).groups) == expected
