@@ -41,6 +41,15 @@ _FEATURES = {
     inputs = keras.Input((3,))
     x = Penalty()(layers.Dense(4, "tanh")(inputs))
     return keras.Model(inputs, layers.Dense(2)(x))""",
+    "added_sum": """
+    class Penalty(layers.Layer):
+        def call(self, inputs):
+            self.add_loss(0.1 * keras.ops.sum(inputs**2, axis=-1))
+            return inputs
+
+    inputs = keras.Input((3,))
+    x = Penalty()(layers.Dense(4, "tanh")(inputs))
+    return keras.Model(inputs, layers.Dense(2)(x))""",
     "subclassed": """
     class Net(keras.Model):
         def __init__(self):
@@ -178,15 +187,16 @@ def cases(draw):
         return draw(st.sampled_from(list(values)))
 
     way, execution = choose(_WAYS), choose(_EXECUTIONS)
-    networks = [
-        name
-        for name in _NETWORKS
-        # The optimizer cannot know what a mask leaves of a micro-batch; exact batch norm is one
-        # mode's.
-        if (name != "masked_tokens" or way != "optimizer")
-        and (name != "batch_norm" or way == "micro_batch_size")
-    ]
-    network = choose(networks)
+    # The optimizer cannot know what a mask leaves of a micro-batch, nor what is a sum; exact batch
+    # norm is one mode's. Keras divides by the number of replicas what `add_loss` adds up.
+    excluded = set()
+    if way == "optimizer":
+        excluded |= {"masked_tokens", "added_sum"}
+    if way != "micro_batch_size":
+        excluded.add("batch_norm")
+    if execution == "two_replicas":
+        excluded.add("added_sum")
+    network = choose(name for name in _NETWORKS if name not in excluded)
     tokens = network in _TOKENS
     per_token = network == "masked_tokens"
     # Keras takes one weight for each value of the loss, which here is one for each token.
