@@ -291,7 +291,8 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, i):
         rows = slice(i * self.size, (i + 1) * self.size)
-        return tf.nest.map_structure(lambda a: a[rows], self.data)
+        # Copies, as TensorFlow writes into views under a MirroredStrategy on CPUs.
+        return tf.nest.map_structure(lambda a: a[rows].copy(), self.data)
 
 
 def arguments_of_fit(way, order, size):

@@ -9,6 +9,7 @@ from gradient_accumulator_tf import GradientAccumulateModel
 from gradient_accumulator_tf.batches import Batch
 from tests.oracle import (
     EFFECTIVE,
+    KERAS,
     MICRO,
     dense_model,
     difference,
@@ -311,6 +312,7 @@ def test_shared_inputs_go_through_batch_norm_exactly(static, float64):
     assert difference(trained(model, batch, static), expected) < 1e-11
 
 
+@pytest.mark.skipif(KERAS < (3, 10), reason="Keras 3.8's fit takes no such dataset")
 def test_each_replica_has_its_own_copy_of_shared_inputs():
     x, y, bank = data(2 * EFFECTIVE)
 

@@ -40,7 +40,7 @@ def _averaging(base):
 def _plain_model(optimizer, **kwargs):
     """A functional model of that class, compiled."""
     net = dense_model()
-    model = _averaging(keras.Model)(net.inputs, net.outputs)
+    model = _averaging(keras.Model)(net.inputs[0], net.outputs)
     model.keep_averages()
     model.compile(optimizer, "mse", **kwargs)
     return model
@@ -96,7 +96,7 @@ def test_on_replicas(replicas, expected):
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_in_a_train_step_around_the_models_own(jit_compile, expected):
     net = dense_model()
-    model = _averaging(GradientAccumulateModel)(net.inputs, net.outputs, accum_steps=STEPS)
+    model = _averaging(GradientAccumulateModel)(net.inputs[0], net.outputs, accum_steps=STEPS)
     model.updated = lambda: model.just_updated
     model.keep_averages()
     model.compile(_sgd(), "mse", jit_compile=jit_compile)
