@@ -7,6 +7,7 @@ import pytest
 from gradient_accumulator_tf import _compat
 from gradient_accumulator_tf.layer_pairs import paired_layers, paired_variables
 from gradient_accumulator_tf.model_copy import carry_state, copy_model
+from tests.oracle import KERAS
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
 
@@ -57,7 +58,11 @@ def blocks(**arguments):
     return model
 
 
-@pytest.mark.parametrize("make", [Task, with_head, blocks])
+# Keras 3.8 refuses to copy such a class, and takes no layers beside a graph for the model's.
+newer = pytest.mark.skipif(KERAS < (3, 10), reason="Keras 3.8 knows of no such layers")
+
+
+@pytest.mark.parametrize("make", [pytest.param(Task, marks=newer), with_head, blocks])
 def test_a_copy_has_each_layers_own_state(make):
     model = make()
     layers = [v for v in _compat.all_layers(model) if isinstance(v, keras.layers.Dense)]
@@ -102,8 +107,12 @@ def dense(units, name="layer", kind=keras.layers.Dense):
     [
         (blocks, lambda: blocks(share=False), "is shared in one and not in the other.*'dense"),
         (lambda: blocks(share=False), blocks, "is shared in one and not in the other.*'dense"),
-        (with_head, graph, "holds Dense 'beside' in one, and nothing in its place"),
-        (graph, with_head, "holds Dense 'beside' in the other, and nothing in its place"),
+        pytest.param(
+            with_head, graph, "holds Dense 'beside' in one, and nothing in its place", marks=newer
+        ),
+        pytest.param(
+            graph, with_head, "holds Dense 'beside' in the other, and nothing", marks=newer
+        ),
         (lambda: dense(3), lambda: dense(4), r"layer/kernel \(3, 3\).*layer/kernel \(3, 4\)"),
         (
             lambda: dense(3),
