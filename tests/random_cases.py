@@ -19,7 +19,7 @@ _FEATURES = {
     "regularised": """
     inputs = keras.Input((3,))
     x = layers.Dense(4, "tanh", kernel_regularizer="l2", activity_regularizer="l2")(inputs)
-    return keras.Model(inputs, layers.Dense(2, bias_regularizer="l1")(x))""",
+    return keras.Model(inputs, layers.Dense(2, bias_regularizer="l2")(x))""",
     "frozen": """
     frozen = layers.Dense(4, "tanh", trainable=False)
     return keras.Sequential([keras.Input((3,)), frozen, layers.Dense(3), layers.Dense(2)])""",

@@ -13,7 +13,7 @@ from gradient_accumulator_tf import (
     GradientAccumulateOptimizer,
     check_equivalence,
 )
-from tests.oracle import difference, mirrored, regression_data
+from tests.oracle import KERAS, difference, mirrored, regression_data
 
 X, Y, WEIGHTS = regression_data(32)
 
@@ -188,6 +188,8 @@ def wrapped(*layers, **arguments):
 
 @pytest.mark.parametrize("name", list(EQUAL))
 def test_what_is_equal_is_found_equal_without_a_cause(name):
+    if KERAS < (3, 10) and name == "layers in attributes":
+        pytest.skip("Keras 3.8 cannot copy such a class, which the error says")
     model, arguments = EQUAL[name]()
     report = check(model, **arguments)
     model = model if isinstance(model, keras.Model) else model()
@@ -444,6 +446,8 @@ FORMS = {
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_takes_what_fit_takes(form):
+    if KERAS < (3, 10) and "dataset" not in form:
+        pytest.skip("plain Keras 3.8 does not train such a model either")
     x, y, arguments = FORMS[form]()
     make = model_of if "dataset" in form else of_words
     model = make()
