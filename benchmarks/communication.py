@@ -31,7 +31,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks import overhead
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer, _compat
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer, _keras
 
 CLASSES = 10
 FEATURES = 512
@@ -202,7 +202,7 @@ def take_a_gpu(task):
 
 def work(options):
     """What a worker does; the first one writes what it measured, as all train in step."""
-    _compat.mend_fit_on_several_workers()  # the large batch's fit needs it too
+    _keras.mend_fit_on_several_workers()  # the large batch's fit needs it too
     cluster = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     take_a_gpu(cluster.task_id)
     strategy = tf.distribute.MultiWorkerMirroredStrategy(

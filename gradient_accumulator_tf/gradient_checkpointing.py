@@ -3,8 +3,8 @@
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf.side_effects import held_back, perform
+from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf.replicated.side_effects import held_back, perform
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
@@ -76,7 +76,7 @@ class GradientCheckpoint(keras.layers.Wrapper):
         self.supports_masking = True
         # What it is given and what it holds are the layer's, which converts them itself.
         self.autocast, self.dtype_policy = False, "float32"
-        _compat.adopt_call_arguments(self, layer)
+        _keras.adopt_call_arguments(self, layer)
         self._built_inside = False
 
     def build(self, *args, **kwargs):
@@ -97,7 +97,7 @@ class GradientCheckpoint(keras.layers.Wrapper):
         """
         self._build_inside(args, kwargs)
         leaves = tf.nest.flatten((args, kwargs), expand_composites=True)
-        masks = [_compat.keras_mask(leaf) for leaf in tf.nest.flatten((args, kwargs))]
+        masks = [_keras.keras_mask(leaf) for leaf in tf.nest.flatten((args, kwargs))]
         # What a gradient may be wanted of. Bools and strings cannot be computed with.
         places = [i for i, leaf in enumerate(leaves) if _is_numeric(leaf)]
         # What the block changes stays in the scope of each pass; that of the first one counts.
@@ -114,7 +114,7 @@ class GradientCheckpoint(keras.layers.Wrapper):
             with held_back() as actions, _Scope(begins, collect_losses=True) as scope:
                 # Named, as the second pass is outside of the call that layers take it from.
                 outputs = self.layer(*own[0], training=training, **own[1])
-            masks_out = keras.tree.map_structure(_compat.keras_mask, outputs)
+            masks_out = keras.tree.map_structure(_keras.keras_mask, outputs)
             first.append((scope.changes(), actions, masks_out))
             return outputs, list(scope.losses)
 
@@ -136,8 +136,8 @@ class GradientCheckpoint(keras.layers.Wrapper):
 
     def compute_output_spec(self, *args, **kwargs):
         """The layer's outputs for symbolic inputs."""
-        args, kwargs = keras.tree.map_structure(_compat.outside_graph, (args, kwargs))
-        return keras.tree.map_structure(_compat.outside_graph, self.layer(*args, **kwargs))
+        args, kwargs = keras.tree.map_structure(_keras.outside_graph, (args, kwargs))
+        return keras.tree.map_structure(_keras.outside_graph, self.layer(*args, **kwargs))
 
     def compute_mask(self, inputs, previous_mask):
         """None, as outputs carry the block's own masks."""
@@ -151,7 +151,7 @@ class GradientCheckpoint(keras.layers.Wrapper):
         """Creates the variables that are still to be created, by a call with symbols."""
         if not self._built_inside:
             self._built_inside = True
-            if not all(layer.built for layer in _compat.all_layers(self.layer)):
+            if not all(layer.built for layer in _keras.all_layers(self.layer)):
                 args, kwargs = tf.nest.map_structure(_symbol, (args, kwargs))
                 self.layer(*args, **kwargs)
 
@@ -192,8 +192,8 @@ def _symbol(leaf):
         return leaf
     sparse = isinstance(leaf, tf.SparseTensor)
     symbol = keras.KerasTensor(leaf.shape, leaf.dtype.name, sparse=sparse)
-    mask = _compat.keras_mask(leaf)
-    return _compat.set_keras_mask(symbol, None if mask is None else _symbol(mask))
+    mask = _keras.keras_mask(leaf)
+    return _keras.set_keras_mask(symbol, None if mask is None else _symbol(mask))
 
 
 # Tensors lose their masks on the way through a function with a gradient of its own.
@@ -201,4 +201,4 @@ def _symbol(leaf):
 
 def _set_masks(tensors, masks):
     for tensor, mask in zip(tensors, masks, strict=True):
-        _compat.set_keras_mask(tensor, mask)
+        _keras.set_keras_mask(tensor, mask)

@@ -7,8 +7,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradient_accumulator_tf.accumulator import GradientAccumulator
-from gradient_accumulator_tf.gradient_sums import (
+from gradient_accumulator_tf.cycle.accumulator import GradientAccumulator
+from gradient_accumulator_tf.cycle.gradients import (
     Contribution,
     accumulation_dtype,
     add_gradient,

@@ -10,7 +10,7 @@ from gradient_accumulator_tf import (
     GradientAccumulateModel,
     GradientAccumulateOptimizer,
 )
-from gradient_accumulator_tf.batch_norm import pooled_moments
+from gradient_accumulator_tf.batch_norm.layer import pooled_moments
 from tests.oracle import difference, mirrored, regression_data
 
 

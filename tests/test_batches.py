@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel
-from gradient_accumulator_tf.batches import Batch
+from gradient_accumulator_tf.cycle.batches import Batch
 from tests.oracle import (
     EFFECTIVE,
     KERAS,

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 from gradient_accumulator_tf import AccumBatchNorm, GradientAccumulateModel
-from gradient_accumulator_tf.graph_cuts import cut, flat_graph
+from gradient_accumulator_tf.stages.cuts import cut, flat_graph
 from tests.oracle import KERAS, difference, mirrored, state_of
 
 # Five updates of 16, 16, 5 examples and so on: the last micro-batch of 3 is smaller, in two sizes.

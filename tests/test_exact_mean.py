@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from gradient_accumulator_tf.loss_weights import denominator
-from gradient_accumulator_tf.model import _Effective
+from gradient_accumulator_tf.cycle.losses import denominator
+from gradient_accumulator_tf.models.accumulate import _Effective
 from tests.oracle import dense_model, difference, regression_data
 
 REDUCTIONS = ["sum_over_batch_size", "mean", "mean_with_sample_weight"]

@@ -13,7 +13,7 @@ from benchmarks import checkpointing
 from gradient_accumulator_tf import (
     AccumBatchNorm,
     GradientCheckpoint,
-    _compat,
+    _keras,
 )
 from tests.oracle import (
     EFFECTIVE,
@@ -158,7 +158,7 @@ def test_accum_batch_norm_in_a_block(way, how, wrap):
     for wrapped in (alone, wrap):
         model = eventful_model(wrapped, functools.partial(AccumBatchNorm, accum_steps=STEPS + 2))
         weights, model = train(model, way, **EXECUTIONS[how])
-        norms = [x for x in _compat.all_layers(model) if isinstance(x, AccumBatchNorm)]
+        norms = [x for x in _keras.all_layers(model) if isinstance(x, AccumBatchNorm)]
         assert len(norms) == 2
         # What the open cycle holds, in mid-cycle with the optimizer, is counted once as well.
         sums = [v.numpy() for norm in norms for v in norm._pool.state.values()]

@@ -10,7 +10,7 @@ from gradient_accumulator_tf import (
     GradientAccumulateModel,
     GradientAccumulateOptimizer,
 )
-from gradient_accumulator_tf.gradient_clipping import clip_units, unit_norms
+from gradient_accumulator_tf.optimizers.gradient_clipping import clip_units, unit_norms
 from tests.oracle import (
     EFFECTIVE,
     MICRO,

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 
-from gradient_accumulator_tf import _compat
-from gradient_accumulator_tf.layer_pairs import paired_layers, paired_variables
-from gradient_accumulator_tf.model_copy import carry_state, copy_model
+from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._keras.layer_pairs import paired_layers, paired_variables
+from gradient_accumulator_tf._keras.model_copies import carry_state, copy_model
 from tests.oracle import KERAS
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
@@ -65,7 +65,7 @@ newer = pytest.mark.skipif(KERAS < (3, 10), reason="Keras 3.8 knows of no such l
 @pytest.mark.parametrize("make", [pytest.param(Task, marks=newer), with_head, blocks])
 def test_a_copy_has_each_layers_own_state(make):
     model = make()
-    layers = [v for v in _compat.all_layers(model) if isinstance(v, keras.layers.Dense)]
+    layers = [v for v in _keras.all_layers(model) if isinstance(v, keras.layers.Dense)]
     for i, layer in enumerate(layers):
         layer.set_weights([w + i + 1.0 for w in layer.get_weights()])
     layers[0].trainable = False
@@ -133,13 +133,13 @@ def test_a_copied_optimizer_has_the_slots_of_the_same_variables():
     excluded = old.blocks[1].kernel
     optimizer.exclude_from_weight_decay(var_list=[excluded])
     backwards = old.trainable_variables[::-1]
-    unbuilt = _compat.copied_optimizer(optimizer, pairs)
+    unbuilt = _keras.copied_optimizer(optimizer, pairs)
     assert not unbuilt._use_weight_decay(new.blocks[1].kernel)
     optimizer.build(backwards)
     optimizer.apply([i + np.ones(v.shape) for i, v in enumerate(backwards)], backwards)
     for a, b in pairs:
         b.assign(a)
-    copy = _compat.copied_optimizer(optimizer, pairs)
+    copy = _keras.copied_optimizer(optimizer, pairs)
     twins = {id(a): b for a, b in pairs}
     for o, variables in ((optimizer, backwards), (copy, [twins[id(v)] for v in backwards])):
         o.apply([np.ones(v.shape) for v in variables], variables)
@@ -147,7 +147,7 @@ def test_a_copied_optimizer_has_the_slots_of_the_same_variables():
         np.testing.assert_array_equal(a.numpy(), b.numpy())
         assert copy._use_weight_decay(b) == (a is not excluded)
     with pytest.raises(ValueError, match=r"the optimizer trains .*kernel.*model does not have"):
-        _compat.copied_optimizer(optimizer, pairs[:1])
+        _keras.copied_optimizer(optimizer, pairs[:1])
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "Adam"])
@@ -158,7 +158,7 @@ def test_a_rebuilt_optimizer_knows_variables_of_one_path_apart(kind):
     optimizer = getattr(keras.optimizers, kind)(0.1)
     optimizer.build([first, second])
     optimizer.apply([np.full((2, 2), 3.0), np.full((2, 2), 5.0)], [first, second])
-    copy = _compat.rebuilt_optimizer(optimizer, [third, second, first])
+    copy = _keras.rebuilt_optimizer(optimizer, [third, second, first])
     names = ("_r", "_c", "_v") if kind == "Adafactor" else ("_momentums", "_velocities")
     for name in names:
         old, new = getattr(optimizer, name), getattr(copy, name)

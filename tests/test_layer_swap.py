@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gradient_accumulator_tf import GradientAccumulateModel, _compat
-from gradient_accumulator_tf.batch_norm import AccumBatchNorm
-from gradient_accumulator_tf.layer_swap import swap_batch_norm
+from gradient_accumulator_tf import GradientAccumulateModel, _keras
+from gradient_accumulator_tf.batch_norm.layer import AccumBatchNorm
+from gradient_accumulator_tf.batch_norm.swap import swap_batch_norm
 from tests.oracle import regression_data
 
 layers = keras.layers
@@ -20,7 +20,7 @@ def images(size=8, examples=2, channels=3):
 def randomise(model):
     """Random weights, so that one that is lost or in another's place changes the result."""
     random = np.random.default_rng(1)
-    for layer in _compat.all_layers(model):
+    for layer in _keras.all_layers(model):
         if isinstance(layer, layers.BatchNormalization):
             for variable in layer.weights:
                 variable.assign(random.uniform(0.5, 1.5, variable.shape))
@@ -30,7 +30,7 @@ def randomise(model):
 def norms(model):
     """The normalisations in a model, by name."""
     kinds = (layers.BatchNormalization, layers.GroupNormalization)
-    return {x.name: x for x in _compat.all_layers(model) if isinstance(x, kinds)}
+    return {x.name: x for x in _keras.all_layers(model) if isinstance(x, kinds)}
 
 
 def kinds(model):
@@ -415,11 +415,11 @@ def test_without_gamma_or_beta(center, scale):
 @pytest.mark.parametrize("build", [functional, with_custom_layer, nested, subclassed])
 def test_trainable_flags_are_kept(build):
     def flags(model):
-        all_layers = _compat.all_layers(model)
+        all_layers = _keras.all_layers(model)
         return [x.trainable for x in all_layers if not isinstance(x, layers.InputLayer)]
 
     model = build()
-    for i, layer in enumerate(_compat.all_layers(model)[1:]):
+    for i, layer in enumerate(_keras.all_layers(model)[1:]):
         layer.trainable = i % 3 != 2
     next(iter(norms(model).values())).trainable = False
     before = flags(model)

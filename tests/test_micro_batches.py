@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel
-from gradient_accumulator_tf.batches import Batch
-from gradient_accumulator_tf.micro_batches import sum_over_micro_batches
+from gradient_accumulator_tf.cycle.batches import Batch
+from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from tests.oracle import dense_model
 
 MICRO = 3

@@ -271,7 +271,7 @@ def test_a_file_says_what_to_import_where_keras_does_not(file, tmp_path):
     assert run.returncode == 1
     assert "GradientAccumulateModel" in run.stderr
     if file == "model.keras":
-        assert "'module': 'gradient_accumulator_tf.model'" in run.stderr
+        assert "'module': 'gradient_accumulator_tf.models.accumulate'" in run.stderr
 
 
 class Gan(GradientAccumulateModel):

@@ -46,7 +46,7 @@ def test_another_keras_backend_is_refused_with_the_remedy(backend):
     ],
 )
 def test_older_versions_are_refused(monkeypatch, package, version, message):
-    from gradient_accumulator_tf._compat import check_installation
+    from gradient_accumulator_tf._installation import check_installation
 
     module = keras if package == "keras" else sys.modules["tensorflow"]
     monkeypatch.setattr(module, "__version__", version)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer, _compat
+from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer, _keras
 from tests.oracle import dense_model, difference, mirrored, regression_data, state_of, updates_of
 
 KINDS = ["optimizer", "across_steps", "within_a_step"]
@@ -170,9 +170,9 @@ def test_parameter_servers_are_told_from_other_strategies():
         tf.distribute.experimental.ParameterServerStrategy,
         tf.compat.v1.distribute.experimental.ParameterServerStrategy,
     ):
-        assert _compat.is_parameter_server(object.__new__(cls))
-    assert not _compat.is_parameter_server(mirrored())
-    assert not _compat.is_parameter_server(tf.distribute.get_strategy())
+        assert _keras.is_parameter_server(object.__new__(cls))
+    assert not _keras.is_parameter_server(mirrored())
+    assert not _keras.is_parameter_server(tf.distribute.get_strategy())
 
 
 @pytest.mark.parametrize("kind", KINDS)

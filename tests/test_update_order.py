@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from gradient_accumulator_tf.gradient_sums import add_gradient
-from gradient_accumulator_tf.update_order import one_by_one
+from gradient_accumulator_tf.cycle.gradients import add_gradient
+from gradient_accumulator_tf.optimizers.update_order import one_by_one
 from tests.oracle import dense_model, difference, momentum_and_mse, regression_data, state_of
 
 VARIABLES, SIZE = 16, 2**18  # of a MiB each

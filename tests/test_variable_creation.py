@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from gradient_accumulator_tf.variable_creation import outside_of_tracing
+from gradient_accumulator_tf.replicated.variables import outside_of_tracing
 
 
 def _traces(scope):

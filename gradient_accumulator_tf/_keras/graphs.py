@@ -1,0 +1,193 @@
+"""Functional graphs: to read them, and to replace layers in a model."""
+
+from typing import Any, NamedTuple
+
+import keras
+
+from gradient_accumulator_tf._keras.names import keras_mask, sublayers
+
+
+def is_functional(model):
+    """Whether a model is a graph of layers that `clone_model` can rebuild.
+
+    `keras.src.models.functional.Functional` (Keras 3.8 to 3.15), which has no public name. A
+    Sequential is one as well.
+    """
+    from keras.src.models.functional import Functional
+
+    return isinstance(model, (Functional, keras.Sequential))
+
+
+def own_attributes(model, plain):
+    """Dict of the attributes that a functional model has and a plain one has not.
+
+    Args:
+        model: A functional or Sequential model of a class of its own.
+        plain: A model of Keras's class, for what Keras itself keeps (Keras 3.8 to 3.15).
+    """
+    compiled = keras.Sequential([keras.Input((1,))])
+    compiled.compile("sgd", "mse")
+    fitted = ("history", "stop_training", "_eval_epoch_iterator")
+    kept = {*vars(plain), *vars(compiled), *fitted}
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if name not in kept and not name.startswith("_self_")
+    }
+
+
+def become(model, cls, attributes, layers):
+    """Makes a functional model one of a subclass of its class, without calling a constructor.
+
+    Past `Layer.__setattr__`, as a layer that is built takes no new ones; and with `Layer._layers`
+    (both Keras 3.8 to 3.15), whose order, that of the constructor, is the order of the weights.
+    """
+    model.__class__ = cls
+    vars(model).update(attributes)
+    model._layers[:] = layers
+
+
+def is_plain_functional(layer):
+    """Whether a layer is a functional or Sequential model with Keras's own `call`.
+
+    `keras.src.models.functional.Functional` (Keras 3.8 to 3.15); see `is_functional`.
+    """
+    from keras.src.models.functional import Functional
+
+    return is_functional(layer) and type(layer).call in (Functional.call, keras.Sequential.call)
+
+
+class GraphNode(NamedTuple):
+    """One call in a functional model; tensors are told apart by their `id`."""
+
+    operation: Any
+    fill_in: Any
+    inputs: list
+    outputs: list
+    has_mask: bool
+
+
+class Graph(NamedTuple):
+    """The calls of a functional model, in the order in which it makes them."""
+
+    inputs: list
+    nodes: list
+    outputs: list
+
+
+def graph_of(model):
+    """The `Graph` of a built functional or Sequential model.
+
+    `Function._nodes_by_depth`, `Node.arguments.fill_in` and `Sequential._functional` (Keras 3.8 to
+    3.15), by which Keras itself runs such models; `fill_in` takes a dict of tensors by `id`.
+    """
+    functional = model._functional if isinstance(model, keras.Sequential) else model
+    nodes = [
+        GraphNode(
+            node.operation,
+            node.arguments.fill_in,
+            list(dict.fromkeys(map(id, node.input_tensors))),
+            list(map(id, node.outputs)),
+            any(keras_mask(t) is not None for t in [*node.input_tensors, *node.outputs]),
+        )
+        for depth in sorted(functional._nodes_by_depth, reverse=True)
+        for node in functional._nodes_by_depth[depth]
+        if node.operation and not node.is_input
+    ]
+    return Graph(list(map(id, functional.inputs)), nodes, list(map(id, functional.outputs)))
+
+
+def standardized_inputs(model, inputs):
+    """Flat list of tensors in the order and with the dtypes of a functional model's `inputs`.
+
+    `Functional._standardize_inputs` (Keras 3.8 to 3.15), which its `call` begins with.
+    """
+    functional = model._functional if isinstance(model, keras.Sequential) else model
+    return functional._standardize_inputs(inputs)
+
+
+def packed_outputs(model, outputs):
+    """A functional model's outputs in the structure that its `call` returns them in.
+
+    `Functional._outputs_struct` and `unpack_singleton` (Keras 3.8 to 3.15), which its `call` ends
+    with.
+    """
+    from keras.src.models.functional import unpack_singleton
+
+    functional = model._functional if isinstance(model, keras.Sequential) else model
+    return unpack_singleton(keras.tree.pack_sequence_as(functional._outputs_struct, outputs))
+
+
+def held_layers(layer):
+    """The layers that `replace_layers` reaches: attributes, and lists, tuples and dicts there."""
+    return list(held_layers_by_path(layer).values())
+
+
+def held_layers_by_path(layer):
+    """Dict of the layers in `layer`'s attributes, and in lists, tuples and dicts there, by path.
+
+    A path is a tuple of the attribute's name and the places in it. Without those in which Keras
+    and TensorFlow list what was ever assigned: `Layer._layers` (Keras 3.8 to 3.15) and names that
+    begin with `_self_` (TensorFlow 2.16 to 2.21).
+    """
+    attributes = _attributes(layer).items()
+    return {path: held for name, value in attributes for path, held in _layers_in(value, (name,))}
+
+
+def attributes_of(layer):
+    """Dict of a layer's attributes, without what Keras and TensorFlow list; see `held_layers`."""
+    return _attributes(layer)
+
+
+def _attributes(layer):
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if name != "_layers" and not name.startswith("_self_")
+    }
+
+
+def _layers_in(value, path):
+    if isinstance(value, keras.Layer):
+        yield path, value
+    elif isinstance(value, (list, tuple, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _layers_in(item, (*path, key))
+
+
+def replace_layers(layer, replacements):
+    """Puts other layers in place of some that `layer` holds, at the same place in its `layers`.
+
+    `Layer._tracker` (Keras 3.8 to 3.15): a layer that is built takes no new layers, and assigning
+    another one to an attribute leaves the first among the layers that are trained and saved.
+
+    Args:
+        layer: A layer or subclassed model, built or not.
+        replacements: Dict of the new layers by the old ones.
+    """
+    tracker = layer._tracker
+    for old in sublayers(layer):
+        if old in replacements:
+            tracker.replace_tracked_value("layers", old, replacements[old])
+    for name, value in _attributes(layer).items():
+        replaced = _with_replaced(value, replacements)
+        if replaced is not value:
+            setattr(layer, name, replaced)
+
+
+def _with_replaced(value, replacements):
+    if isinstance(value, keras.Layer):
+        return replacements.get(value, value)
+    if isinstance(value, (list, dict)):
+        # In place, since other attributes may hold the same list.
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            replaced = _with_replaced(item, replacements)
+            if replaced is not item:
+                value[key] = replaced
+    elif isinstance(value, tuple):
+        items = [_with_replaced(item, replacements) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            # Of the tuple's own class: what TensorFlow puts in its place has another `type`.
+            kind = value.__class__
+            return kind(*items) if hasattr(value, "_fields") else kind(items)
+    return value

@@ -1,0 +1,1 @@
+"""Batch normalisation whose moving statistics are the effective batch's."""

@@ -1,0 +1,1 @@
+"""One cycle of accumulation: gradients and their sums, losses, micro-batches, policies."""

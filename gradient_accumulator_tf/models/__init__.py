@@ -1,0 +1,1 @@
+"""The model that accumulates in `train_step`, and its callbacks."""

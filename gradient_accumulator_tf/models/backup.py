@@ -1,0 +1,174 @@
+"""AtomicBackupAndRestore: backups of a training that are there as a whole or not at all."""
+
+import os
+import re
+import shutil
+import warnings
+
+import keras
+
+from gradient_accumulator_tf import _keras
+
+_PARTIAL = "partial"  # what is being written, and was not finished where it is left behind
+_DELETED = "deleted-"  # begins the names of what is being deleted
+
+
+class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
+    """`keras.callbacks.BackupAndRestore` for trainings that are killed at any moment.
+
+    Keras's writes over the backup that it has, in two files: killed meanwhile, it leaves one that
+    cannot be read, or weights and an epoch that do not belong together. This one writes into a
+    folder of its own, which is renamed when both files are complete. The backup before it is kept
+    until the next one. If the newest cannot be read all the same (a full or broken disk), training
+    goes on from the one before, with a warning.
+
+    It works with any Keras model, with either wrapper and with neither. A backup that Keras's
+    callback left in the folder is read too.
+
+    ```python
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+    model.compile(GradientAccumulateOptimizer("adam", accum_steps=4), loss="mse")
+    model.fit(
+        np.ones((256, 8)),
+        np.ones((256, 1)),
+        batch_size=16,
+        epochs=3,
+        callbacks=[AtomicBackupAndRestore("backup")],
+    )
+    ```
+
+    Args:
+        backup_dir: Path of a local folder, for this training alone and for one process alone.
+        save_freq: `"epoch"`, or the number of batches between backups. A training goes on at the
+            begin of an epoch either way.
+        double_checkpoint: Whether to keep the backup before. It is always kept here; the argument
+            is there to take the place of Keras's callback.
+        delete_checkpoint: Whether to delete the backups at the end of `fit`.
+
+    Raises:
+        ValueError: If `backup_dir` is empty or on a remote file system, or `save_freq` is
+            something else; and from `fit`, if the model is not built.
+    """
+
+    def __init__(
+        self, backup_dir, save_freq="epoch", double_checkpoint=False, delete_checkpoint=True
+    ):
+        super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
+        if re.match(r"[a-z0-9]+://", str(backup_dir)):
+            raise ValueError(
+                "`backup_dir` must be a folder of a local file system, which renames it as a "
+                f"whole. Received: backup_dir={backup_dir!r}. Pass a local one, or use "
+                "keras.callbacks.BackupAndRestore."
+            )
+        self._last = None
+
+    def on_train_begin(self, logs=None):
+        """Restores the newest backup that can be read; begins anew if there is none.
+
+        Raises:
+            Exception: What Keras raised for the newest backup, if none can be read.
+        """
+        errors, self._last = [], None
+        for folder in self._backups():
+            try:
+                self._read(folder, logs)
+            except Exception as error:  # whatever a broken file leads to
+                errors.append(error)
+            else:
+                self._last = folder
+                break
+        if errors and self._last is None:
+            raise errors[0]
+        if errors:
+            warnings.warn(
+                f"The newest backup in {str(self.backup_dir)!r} cannot be read "
+                f"({type(errors[0]).__name__}: {errors[0]}). Training goes on from "
+                f"{os.path.basename(self._last)!r}, which is older.",
+                UserWarning,
+                stacklevel=2,
+            )
+        elif self._last is None:
+            # From what Keras's callback wrote, if there is something.
+            _keras.use_backup_folder(self, self.backup_dir)
+            super().on_train_begin(logs)
+        for name in os.listdir(self.backup_dir) if os.path.isdir(self.backup_dir) else []:
+            if name.startswith(_DELETED):
+                shutil.rmtree(self._path(name))
+        self._write_elsewhere()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Takes the epoch, which a backup within it is to name."""
+        _keras.set_backup_epoch(self, epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes a backup, if they are written at the ends of epochs."""
+        super().on_epoch_end(epoch, logs)
+        self._finish()
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Writes a backup, if it is time for one."""
+        super().on_train_batch_end(batch, logs)
+        self._finish()
+
+    def on_train_end(self, logs=None):
+        """Deletes the backups, unless told otherwise."""
+        shutil.rmtree(self._path(_PARTIAL), ignore_errors=True)
+        if self.delete_checkpoint:
+            # None must be taken for one if this is killed; the oldest goes first.
+            for folder in reversed(self._backups()):
+                os.rename(folder, self._path(_DELETED + os.path.basename(folder)))
+        super().on_train_end(logs)
+        self._last = None
+
+    def _path(self, name):
+        return os.path.join(self.backup_dir, name)
+
+    def _backups(self):
+        """Folders of the backups, newest first."""
+        names = os.listdir(self.backup_dir) if os.path.isdir(self.backup_dir) else []
+        backups = [name for name in names if re.fullmatch(r"backup-\d+", name)]
+        return [self._path(name) for name in sorted(backups, key=_number, reverse=True)]
+
+    def _read(self, folder, logs):
+        if len(os.listdir(folder)) < 2:  # Keras would restore what is there
+            raise FileNotFoundError(f"{folder!r} must hold two files, weights and epoch.")
+        _keras.use_backup_folder(self, folder)
+        super().on_train_begin(logs)
+
+    def _write_elsewhere(self):
+        """Sends what Keras writes next to an empty folder that is no backup."""
+        shutil.rmtree(self._path(_PARTIAL), ignore_errors=True)
+        os.makedirs(self._path(_PARTIAL))
+        _keras.use_backup_folder(self, self._path(_PARTIAL))
+
+    def _finish(self):
+        """Makes what Keras has written, if it has, the newest backup."""
+        written = [entry.path for entry in os.scandir(self._path(_PARTIAL))]
+        if not written:
+            return
+        for path in written:
+            _to_disk(path)
+        old = self._backups()
+        newest = self._path(f"backup-{_number(old[0]) + 1 if old else 1}")
+        os.rename(self._path(_PARTIAL), newest)
+        _to_disk(self.backup_dir)
+        for folder in old:
+            if folder != self._last:
+                shutil.rmtree(folder)
+        self._last = newest
+        self._write_elsewhere()
+
+
+def _number(folder):
+    return int(os.path.basename(folder).removeprefix("backup-"))
+
+
+def _to_disk(path):
+    """Waits until a file, or what a folder lists, would survive a failure of power."""
+    if os.path.isdir(path) and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDWR if os.path.isfile(path) else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

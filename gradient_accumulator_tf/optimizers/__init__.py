@@ -1,0 +1,1 @@
+"""Optimizers around Keras optimizers, and what goes with them."""

@@ -1,0 +1,839 @@
+"""GradientAccumulateOptimizer: when to add a micro-batch's gradients, and when to update."""
+
+import contextlib
+import weakref
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._checks import check_choice, check_steps
+from gradient_accumulator_tf._keras.model_hooks import hook_into_models
+from gradient_accumulator_tf.cycle.accumulator import GradientAccumulator
+from gradient_accumulator_tf.cycle.gradients import (
+    Contribution,
+    accumulation_dtype,
+    in_shape_of,
+    received_of,
+    scale_gradient,
+)
+from gradient_accumulator_tf.cycle.non_finite import (
+    DROP_MICRO_BATCH,
+    PROPAGATE,
+    Drops,
+    check_non_finite,
+    without_non_finite,
+)
+from gradient_accumulator_tf.cycle.schedules import (
+    check_accum_steps,
+    deserialize_accum_steps,
+    serialize_accum_steps,
+    traced,
+)
+from gradient_accumulator_tf.cycle.weights import checked_weight
+from gradient_accumulator_tf.optimizers.checkpoint_notes import CheckpointNotes, Untracked
+from gradient_accumulator_tf.optimizers.traces import Traces
+from gradient_accumulator_tf.optimizers.update_order import one_by_one
+from gradient_accumulator_tf.optimizers.wrapper import (
+    OptimizerWrapper,
+    check_does_not_accumulate,
+    check_optimizer,
+)
+from gradient_accumulator_tf.replicated.conditionals import run_on_replicas_if
+from gradient_accumulator_tf.replicated.replicas import (
+    check_made_under,
+    check_strategy,
+    number_of_replicas,
+)
+from gradient_accumulator_tf.replicated.variables import counter, outside_of_tracing
+
+
+@keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
+class GradientAccumulateOptimizer(OptimizerWrapper):
+    """A Keras optimizer that updates once every `accum_steps` calls, with the mean gradient.
+
+    The update is that of the inner optimizer on `sum_k w_k g_k / sum_k w_k`, where `g_k` is the
+    gradient that call k of the cycle was given and `w_k` its `weight` (1 unless given). Between
+    updates nothing moves: no weight, no slot, not `iterations`, no weight decay, no moving
+    average. Clipping, weight decay and averaging act once, on the mean.
+
+    The result equals that of the inner optimizer on the effective batch if each `g_k` is the
+    gradient of a mean over micro-batch k and `w_k` is what that mean was divided by (examples, or
+    tokens); with equal micro-batches and no masks the default weight does. It does not if a
+    layer looks across examples (BatchNormalization) or draws random numbers (Dropout). Embedding
+    gradients (`tf.IndexedSlices`) are scattered into the sum, so that the update is the dense
+    gradient's: Adam on the sparse gradient of a large batch squares repeated rows before it sums
+    them, and differs.
+
+    ```python
+    x, y = np.ones((256, 8)), np.ones((256, 1))
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+    optimizer = GradientAccumulateOptimizer("adam", accum_steps=8)
+    model.compile(optimizer, loss="mse")
+    model.fit(x, y, batch_size=4)  # an update every 8 batches, so for every 32 examples
+    ```
+
+    In a loop of your own, give each micro-batch's gradients to it and flush at the end:
+
+    ```python
+    loss_fn = keras.losses.MeanSquaredError()
+    for x_batch, y_batch in tf.data.Dataset.from_tensor_slices((x, y)).batch(4):
+        with tf.GradientTape() as tape:
+            loss = loss_fn(y_batch, model(x_batch, training=True))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables, weight=len(x_batch))
+    optimizer.flush()
+    ```
+
+    `fit` leaves a partial cycle open at the end of an epoch, so that a cycle may go on in the
+    next one, and flushes at the end of the fit.
+
+    If a variable gets no gradient (None) in a whole cycle, it is left alone as by Keras. Within
+    `tf.function`, where only the traced call is known, this holds if the variables without a
+    gradient in the call that ends the cycle all got none in that cycle; otherwise the mean of
+    each of them is taken, which is zero for one that got none.
+
+    Args:
+        optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
+        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer, until
+            another number is set. Or a schedule: a dict `{first_update: steps}`, or a callable of
+            the number of updates, such as an `AccumStepsSchedule`. A cycle keeps the length that
+            it began with.
+        reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`; "sum" with
+            `sum_k w_k g_k`, which is the effective batch's gradient if the loss sums over
+            examples.
+        non_finite: What becomes of gradients that hold an inf or a nan. "propagate" (default)
+            updates with them, as the large batch would. "drop_micro_batch" leaves a micro-batch
+            out of the mean: its weight is 0. "drop_cycle" makes no update with a mean that is
+            not finite. Nor does "drop_micro_batch" where nothing finite is left.
+        name: Optional name.
+        **kwargs: None is taken: clipping, weight decay, moving averages and the loss scale are
+            the inner optimizer's arguments.
+
+    Attributes:
+        inner_optimizer: The wrapped optimizer.
+        accum_steps: Micro-batches per update; an integer can be set, between fits or within one.
+        steps_in_cycle: int64 scalar variable, the micro-batches that the current cycle takes.
+        reduction: "mean" or "sum".
+        non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
+        dropped_micro_steps: int64 scalar variable, the micro-batches that were dropped, over all
+            replicas; counted as their cycle ends.
+        dropped_cycles: int64 scalar variable, the cycles that ended without an update.
+        iterations: int64 scalar variable, the number of updates.
+        micro_step: int64 scalar variable, the micro-batches in the current cycle.
+        just_updated: Scalar bool tensor, whether the last `apply` ended in an update.
+        ended_in_update: The same as a bool, for callbacks.
+        learning_rate: The inner optimizer's; can be set.
+
+    Raises:
+        TypeError: If `accum_steps` is neither an integer nor a schedule that can be traced, or
+            `optimizer` not a Keras 3 optimizer.
+        ValueError: If `accum_steps` < 1, the inner optimizer accumulates or scales losses, or
+            the strategy in force is a ParameterServerStrategy or CentralStorageStrategy.
+
+    Reference:
+        Design of accumulation as an optimizer: [optax.MultiSteps](
+        https://optax.readthedocs.io/en/latest/api/optimizer_wrappers.html).
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        accum_steps,
+        reduction="mean",
+        non_finite="propagate",
+        name=None,
+        **kwargs,
+    ):
+        accum_steps = check_accum_steps(accum_steps, "micro-batches per update")
+        check_choice("reduction", reduction, ("mean", "sum"))
+        check_non_finite(non_finite)
+        optimizer = _checked_inner_optimizer(optimizer)
+        check_strategy()
+        example = "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8)"
+        super().__init__(optimizer, name, kwargs, example)
+        self._accum_steps = self._first_accum_steps = accum_steps
+        self._schedule = _hidden(traced(accum_steps)) if callable(accum_steps) else None
+        self._next_steps = None
+        self._reduction = reduction
+        self._non_finite = non_finite
+        self._accumulator = None
+        self._drops = None
+        self._loss_scaler = None
+        self._updates_running = 0
+        self._followers = tuple
+        self._state_to_load = None
+        self._weights_to_set = None
+        self._groups_to_make = 0
+        self._strategy = tf.distribute.get_strategy()
+        self.traces = Traces()
+        self._notes = CheckpointNotes(self._write_notes, self._read_notes)
+
+    @property
+    def accum_steps(self):
+        """Micro-batches per update: an integer, which can be set, or a schedule.
+
+        What is set holds from the next cycle on, without a new trace. An optimizer that was built
+        with `accum_steps=1` keeps no sums until another number is set: then it makes them, and
+        the models that it trains make their training step anew.
+
+        Raises:
+            TypeError: On setting it to anything but an integer, or in place of a schedule.
+            ValueError: On setting it to less than 1; or to more, where there are no sums and a
+                `tf.function` of your own was traced without them.
+        """
+        if self._next_steps is not None:
+            with tf.init_scope():
+                return int(self._next_steps.value.numpy())
+        return self._accum_steps
+
+    @accum_steps.setter
+    def accum_steps(self, value):
+        if self._schedule is not None or callable(value) or isinstance(value, Mapping):
+            raise TypeError(
+                "`accum_steps` can be set to an integer, if it was one: a schedule is for the "
+                f"constructor. Received: accum_steps={value!r}, in place of {self._accum_steps!r}. "
+                f"Compile with {type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), "
+                "which keeps the inner optimizer's state."
+            )
+        self._take_accum_steps(check_steps(value, "micro-batches per update"))
+
+    @property
+    def steps_in_cycle(self):
+        """int64 scalar variable: micro-batches in the current cycle once it is complete.
+
+        Between cycles it is the last one's; 0 before the first and after `reset`. The integer 1
+        if the optimizer keeps no sums (`accum_steps=1`).
+        """
+        return 1 if self._accumulator is None else self._accumulator.steps_in_cycle
+
+    @property
+    def accumulates(self):
+        """Whether sums are kept, which one micro-batch per update on one replica does without."""
+        if self.built:
+            return not self._keeps_no_sums()
+        if self._groups_to_make or _holds_open_cycle(self._state_to_load or {}):
+            return True
+        if any(weight.dtype == bool for weight in self._weights_to_set or ()):
+            return True  # only sums have such a variable: which of them were begun
+        one_by_one = self._accum_steps == 1 and self._non_finite == PROPAGATE
+        return not one_by_one or number_of_replicas() > 1
+
+    @property
+    def reduction(self):
+        """What an update takes of the cycle's gradients: "mean" or "sum"."""
+        return self._reduction
+
+    @property
+    def non_finite(self):
+        """What becomes of gradients that are not finite."""
+        return self._non_finite
+
+    @property
+    def dropped_micro_steps(self):
+        """int64 scalar variable: micro-batches dropped so far (0 before `build`)."""
+        return 0 if self._drops is None else self._drops.dropped_micro_steps
+
+    @property
+    def dropped_cycles(self):
+        """int64 scalar variable: cycles dropped so far (0 before `build`)."""
+        return 0 if self._drops is None else self._drops.dropped_cycles
+
+    @property
+    def micro_step(self):
+        """int64 scalar variable: micro-batches in the current cycle (0 before `build`)."""
+        return 0 if self._accumulator is None else self._accumulator.micro_step
+
+    @property
+    def just_updated(self):
+        """Scalar bool tensor: whether the last `apply` (or `flush`) ended a cycle in an update.
+
+        For a `train_step` of your own: what a plain one does after each update, do where it holds.
+        It is right in eager code, in a `tf.function` behind the `apply` in it, under XLA and on
+        every replica. False before the first `apply` and after `reset`. An update that was
+        dropped, by a loss scale or by `non_finite`, ended its cycle as well: a large batch's
+        `train_step` would go on all the same.
+
+        ```python
+        variable, average = tf.Variable(1.0), tf.Variable(1.0)
+        optimizer = GradientAccumulateOptimizer("sgd", accum_steps=2)
+        for _ in range(4):
+            optimizer.apply([tf.constant(1.0)], [variable])
+            moved = 0.99 * average + 0.01 * variable
+            average.assign(tf.where(optimizer.just_updated, moved, average))
+        ```
+        """
+        if self._keeps_no_sums():
+            return tf.greater(tf.convert_to_tensor(self.iterations), 0)
+        return self._accumulator.just_ended
+
+    @property
+    def ended_in_update(self):
+        """Whether the last micro-batch ended its cycle in an update: a bool, for callbacks.
+
+        With `steps_per_execution` callbacks see only the last of several batches; `iterations`
+        tells of the others. An update that a loss scale dropped ended its cycle as well.
+
+        Raises:
+            RuntimeError: Within a `tf.function`, where `just_updated` tells.
+        """
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "`ended_in_update` is a bool, which must be read outside of a tf.function. "
+                "Received: a call while a function is traced. Read `just_updated`, the same as a "
+                "tensor: tf.cond(optimizer.just_updated, ...)."
+            )
+        return bool(self.just_updated.numpy())
+
+    @property
+    def variables(self):
+        """The inner optimizer's variables, then those of the cycle.
+
+        The same from build on, but for an optimizer that kept no sums and begins to, and for the
+        sums for further denominators. These come with the losses that need them. A
+        `LossScaleOptimizer` is not told of them, as it saves by number.
+        """
+        further = []
+        if self._accumulator is not None and self._loss_scaler is None:
+            further = self._accumulator.variables_of_further_groups
+        return [*self._variables_from_build, *further]
+
+    @property
+    def _variables_from_build(self):
+        if self._accumulator is None:
+            return self.inner_optimizer.variables
+        drops = [] if self._drops is None else self._drops.variables
+        cycle = self._accumulator.variables_from_build
+        return [*self.inner_optimizer.variables, *drops, *cycle]
+
+    def build(self, variables):
+        """Creates the inner optimizer's variables and one accumulator per trainable variable.
+
+        Args:
+            variables: List of the trainable variables, Keras's or TensorFlow's.
+
+        Raises:
+            ValueError: If the inner optimizer was made under another strategy.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        if not variables:
+            return  # as where Keras loads a legacy HDF5 file, before it knows of any
+        check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
+        check_does_not_accumulate(self.inner_optimizer)
+        with outside_of_tracing():
+            if not self.inner_optimizer.built:
+                self.inner_optimizer.build(variables)
+        self._trainable_variables = variables
+        self._trained_anyway = set()
+        self._trainable_variables_indices = {
+            _keras.variable_key(self, v): i for i, v in enumerate(variables)
+        }
+        # Replicas do not clip or check what is not summed yet, nor weigh their own share alone.
+        if self.accumulates:
+            self._make_sums()
+        self.built = True
+        if self._state_to_load is not None:
+            # Once and now, also where Keras builds the optimizer in a graph.
+            with tf.init_scope():
+                self._load_state(self._state_to_load)
+            self._state_to_load = None
+        if self._weights_to_set is not None:
+            weights, self._weights_to_set = self._weights_to_set, None
+            with tf.init_scope():
+                self.set_weights(weights)
+
+    def set_weights(self, weights):
+        """Sets `variables` from a list of arrays in the same order; before `build`, at `build`.
+
+        The list may hold the sums of an open cycle for more denominators than there are yet.
+        """
+        if not self.built:
+            # Past `__setattr__`, which would take the list for state to save.
+            vars(self)["_weights_to_set"] = [np.array(w) for w in weights]
+            return
+        if len(weights) > len(self.variables):
+            if self._accumulator is None:
+                self._begin_to_accumulate()
+            self._accumulator.make_groups_for(len(weights) - len(self._variables_from_build))
+        super().set_weights(weights)
+
+    def rebuild(self, variables):
+        """Takes variables that it was not built with, and keeps what it knows of the others.
+
+        For a model of which some variables were made trainable, before it is compiled again with
+        this optimizer; a `GradientAccumulateModel` calls it in `compile`. Kept are the number of
+        updates, the learning rate, and the slots and sums of the variables that it has already;
+        those that are not among `variables` are forgotten. The inner optimizer is replaced by a
+        copy. Functions that were traced before must not be called again.
+
+        Args:
+            variables: List of all trainable variables. Nothing is done if none is new.
+
+        Raises:
+            ValueError: If the inner optimizer cannot be copied by its config.
+        """
+        variables = list(variables)
+        before = self._trainable_variables_indices if self.built else {}
+        indices = [before.get(_keras.variable_key(self, v)) for v in variables]
+        if not self.built or None not in indices:
+            return
+        with self._in_strategy():
+            try:
+                copy = _keras.rebuilt_optimizer(self.inner_optimizer, variables)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    "The inner optimizer must be serialisable to take other variables. Received: "
+                    f"{type(self.inner_optimizer).__name__}, which failed with: {error} Compile "
+                    "with a new optimizer."
+                ) from error
+            accumulator, self._accumulator = self._accumulator, None
+            self._groups_to_make = 0 if accumulator is None else accumulator.number_of_groups
+            self.inner_optimizer, self.built = copy, False
+            self.build(variables)
+            if accumulator is not None:
+                self._accumulator.take_over(accumulator, indices)
+
+    def apply_gradients(self, grads_and_vars, weight=None):
+        """Adds one micro-batch's gradients; every `accum_steps`-th call updates the variables.
+
+        Args:
+            grads_and_vars: Iterable of (gradient, variable); see `apply`.
+            weight: As in `apply`.
+
+        Returns:
+            `iterations`, the number of updates.
+        """
+        gradients, variables = zip(*grads_and_vars, strict=True)
+        self.apply(gradients, variables, weight=weight)
+        return self.iterations
+
+    # AutoGraph would rewrite the library where a user's own function calls it.
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, grads, trainable_variables=None, weight=None):
+        """Adds one micro-batch's gradients; every `accum_steps`-th call updates the variables.
+
+        Args:
+            grads: List of gradients: tensors in the variables' shapes, `tf.IndexedSlices`, or
+                None for a variable that this micro-batch does not reach.
+            trainable_variables: List of the variables in the same order; needed in the first
+                call unless `build` was called.
+            weight: Scalar, 0 or from 1e-20 to 1e20 (a number or a tensor of any real dtype), that
+                this micro-batch counts for in the cycle's mean: its examples or tokens. None
+                counts as 1. What counts 0 adds nothing, whatever its gradients are; a cycle of
+                nothing else is an update with gradients of zero, as by the large batch.
+
+        Raises:
+            TypeError: If `weight` is no real number.
+            ValueError: If a variable is not among those the optimizer was built with, a gradient
+                has not the shape of its variable, all gradients are None, or `weight` is another
+                number or no scalar.
+            tf.errors.InvalidArgumentError: If `weight` is a tensor of another number, when it is
+                known. XLA cannot raise, and updates with nan.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        if self.is_updating:
+            self.inner_optimizer.apply(grads, trainable_variables)
+            return
+        weight = checked_weight(weight, finite=self._non_finite == PROPAGATE)
+        contribution = Contribution(grads, weight, averaged=self._reduction == "mean")
+        self.apply_contributions([contribution], trainable_variables)
+
+    def apply_contributions(self, contributions, trainable_variables=None):
+        """`apply` for a micro-batch whose loss has several denominators.
+
+        Args:
+            contributions: List of `Contribution`, always in one order. One only if there is
+                nothing to accumulate: with `accum_steps=1` on one replica.
+            trainable_variables: The variables of each contribution's gradients; as for `apply`.
+        """
+        contributions = [
+            c._replace(gradients=self._aligned(c.gradients, trainable_variables))
+            for c in contributions
+        ]
+        if self._keeps_no_sums():
+            (only,) = contributions
+            gradients = _alone(only)
+            # The graph of a step also runs in the call that finds the data at its end: without
+            # its gradients, the update must not count.
+            ready = tf.nest.flatten(gradients, expand_composites=True)
+            with tf.control_dependencies([t for t in ready if t is not None]):
+                self._apply_to_inner(gradients)
+            return
+        self._accumulator.begin(self._steps_of_next_cycle())
+        dropped = None
+        if self._non_finite == DROP_MICRO_BATCH:
+            contributions, dropped = without_non_finite(contributions)
+        self._accumulator.add(*contributions, dropped=dropped)
+        certain = [received_of(c) for c in contributions]
+        run_on_replicas_if(
+            lambda: self._accumulator.is_complete,
+            lambda run: self._update(run, certain),
+        )
+
+    @tf.autograph.experimental.do_not_convert
+    def flush(self):
+        """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
+        if self._keeps_no_sums():
+            return
+        with self._in_strategy():
+            run_on_replicas_if(
+                lambda: tf.greater(self._accumulator.micro_step, 0),
+                lambda run: self._update(run, certain=None),
+            )
+
+    @tf.autograph.experimental.do_not_convert
+    def reset(self):
+        """Drops what a partial cycle holds, without an update."""
+        if not self._keeps_no_sums():
+            with self._in_strategy():
+                self._accumulator.drop()
+                for follower in self._followers():
+                    follower.reset()
+
+    def lead(self, followers):
+        """Tells other state of a cycle when it ends.
+
+        Args:
+            followers: List of objects with `end_cycle()`, called on every replica in each update,
+                and `reset()`, called when a partial cycle is dropped.
+        """
+        self._followers = lambda: followers
+
+    @property
+    def is_updating(self):
+        """Whether an update is being traced or run, in which `apply` is the inner optimizer's."""
+        return self._updates_running > 0
+
+    def scaled_by(self, loss_scaler):
+        """Takes gradients scaled by the `LossScaleOptimizer` that is around this optimizer.
+
+        They are summed as they are. At the update the loss scaler looks at the mean, divides it
+        by its scale or drops it, and changes the scale, as it does for a large batch.
+        """
+        self._loss_scaler = weakref.ref(loss_scaler)
+
+    def finalize_variable_values(self, var_list):
+        """Flushes a partial cycle, then finalizes the inner optimizer; `fit` calls it last."""
+        self.flush()
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def save_own_variables(self, store):
+        """Writes the inner optimizer's state as it would itself and, in mid-cycle, the cycle's.
+
+        A file written between cycles is thus the inner optimizer's own, and loads into it, unless
+        there is more to tell: `accum_steps`, if it was set, and what was dropped.
+        """
+        self.inner_optimizer.save_own_variables(store)
+        if self._accumulator is not None and int(self._accumulator.micro_step.numpy()):
+            for name, variable in self._accumulator.state.items():
+                store[name] = variable.numpy()
+        if self._steps_set_by_hand is not None:
+            store["accum_steps"] = np.int64(self._steps_set_by_hand)
+        dropped = {} if self._drops is None else self._drops.state
+        if any(int(variable.numpy()) for variable in dropped.values()):
+            for name, variable in dropped.items():
+                store[name] = variable.numpy()
+
+    def load_own_variables(self, store):
+        """Reads what this optimizer or its inner optimizer wrote; before `build`, at `build`."""
+        state = {name: np.array(store[name]) for name in store.keys()}
+        if self.built:
+            self._load_state(state)
+        else:
+            self._state_to_load = state
+            if self._schedule is None and "accum_steps" in state:
+                self._take_accum_steps(int(state["accum_steps"]))
+
+    def get_config(self):
+        """Config with the serialised inner optimizer."""
+        return {
+            **super().get_config(),
+            "accum_steps": serialize_accum_steps(self.accum_steps),
+            "reduction": self._reduction,
+            "non_finite": self._non_finite,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The reverse of `get_config`."""
+        steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
+        return super().from_config({**config, "accum_steps": steps}, custom_objects)
+
+    @property
+    def _steps_set_by_hand(self):
+        """`accum_steps`, if it is a number that the constructor was not given; or None."""
+        steps = self.accum_steps
+        return None if callable(steps) or steps == self._first_accum_steps else steps
+
+    def _take_accum_steps(self, steps):
+        if self.built and self._accumulator is None and steps > 1:
+            self._begin_to_accumulate()
+        self._accum_steps = steps
+        if self._next_steps is not None:
+            self._next_steps.value.assign(steps)
+
+    def _keeps_no_sums(self):
+        """Whether micro-batches go straight to the inner optimizer; a trace is remembered."""
+        if self._accumulator is not None:
+            return False
+        if self.built:
+            self.traces.note()
+        return True
+
+    def _make_sums(self):
+        accumulator = GradientAccumulator(self._trainable_variables)
+        accumulator.make_groups(self._groups_to_make)
+        if self.built and self.iterations.numpy():
+            accumulator.steps_in_cycle.assign(1)  # the last micro-batch was a cycle
+        # A checkpoint that was restored before writes its values here.
+        self._accumulator = accumulator
+        if self._non_finite != PROPAGATE and self._drops is None:
+            self._drops = Drops()
+        if self._schedule is None and self._next_steps is None:
+            self._next_steps = Untracked(counter("accum_steps", self._accum_steps))
+
+    def _begin_to_accumulate(self):
+        """Makes the sums of an optimizer that was built without."""
+        if self.traces.of_users:
+            raise ValueError(
+                "A tf.function that was traced with accum_steps=1 keeps no sums, and cannot begin "
+                "to accumulate. Received: more than one micro-batch per update, for an optimizer "
+                "that such a function of your own calls. Trace a new function with "
+                f"{type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), which keeps "
+                "the inner optimizer's state; or begin with the schedule accum_steps={0: 1, ...}."
+            )
+        with self._in_strategy(), tf.init_scope():
+            self._make_sums()
+        self.traces.renew(accumulating_optimizer_of)
+
+    def _write_notes(self):
+        groups = 0 if self._accumulator is None else self._accumulator.number_of_groups
+        return {"accum_steps": self._steps_set_by_hand, "groups": groups}
+
+    def _read_notes(self, notes):
+        """Makes ready for the variables of a checkpoint."""
+        if self._schedule is None and notes["accum_steps"] is not None:
+            self._take_accum_steps(notes["accum_steps"])
+        self._groups_to_make = notes["groups"]
+        if not self.built:
+            return
+        if self._accumulator is None:
+            if self._groups_to_make:
+                self._begin_to_accumulate()
+        elif self._groups_to_make:
+            self._accumulator.make_groups(self._groups_to_make)
+        else:
+            self._accumulator.drop()
+
+    def _shown_arguments(self):
+        shown = {"accum_steps": self.accum_steps}
+        if self._reduction != "mean":
+            shown["reduction"] = self._reduction
+        if self._non_finite != PROPAGATE:
+            shown["non_finite"] = self._non_finite
+        return shown
+
+    def _aligned(self, grads, variables):
+        """The gradients in the order of the variables that the optimizer was built with."""
+        if variables is None:
+            if not self.built:
+                raise ValueError(
+                    "The optimizer must be built before `apply` is called without "
+                    "`trainable_variables`. Received: gradients only. Pass the variables, or "
+                    "call `optimizer.build(model.trainable_variables)` first."
+                )
+            variables = self._trainable_variables
+        variables = list(variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                "`grads` must have one entry for each variable (None where there is no "
+                f"gradient). Received: {len(grads)} gradients for {len(variables)} variables."
+            )
+        if not self.built:
+            self.build(variables)
+        aligned, seen = [None] * len(self._trainable_variables), set()
+        for gradient, variable in zip(grads, variables, strict=True):
+            index = self._trainable_variables_indices.get(_keras.variable_key(self, variable))
+            if index is None:
+                raise ValueError(
+                    "The optimizer accumulates for the variables it was built with. Received: "
+                    f"an unknown variable, {getattr(variable, 'path', variable.name)}. If "
+                    "`trainable` was changed after the optimizer was built, compile the model "
+                    "again with a new optimizer, or call optimizer.rebuild(model."
+                    "trainable_variables) first, which keeps the state of the others."
+                )
+            if index in seen:
+                raise ValueError(
+                    "Each variable must have one gradient. Received: several for "
+                    f"{getattr(variable, 'path', variable.name)}. Add them up before."
+                )
+            seen.add(index)
+            if gradient is None:
+                continue
+            path = getattr(variable, "path", variable.name)
+            aligned[index] = in_shape_of(gradient, variable.shape, path)
+            if not variable.trainable:
+                self._trained_anyway.add(index)
+        return aligned
+
+    def _is_frozen(self, index):
+        """Whether a variable was frozen since the optimizer was built: it must not move.
+
+        As by Keras's optimizers, one is trained all the same if it is given a gradient.
+        """
+        trainable = self._trainable_variables[index].trainable
+        return not trainable and index not in self._trained_anyway
+
+    def _steps_of_next_cycle(self):
+        """int64 scalar tensor: the micro-batches of a cycle that begins now."""
+        if self._schedule is None:
+            return self._next_steps.value.value()
+        updates = tf.cast(tf.convert_to_tensor(self.iterations), tf.int64)
+        # A schedule that was at least 1 where it was probed may not be so everywhere.
+        return tf.maximum(tf.cast(self._schedule(updates), tf.int64), 1)
+
+    def _in_strategy(self):
+        """The scope of the strategy that the variables were made in, where none is entered."""
+        if tf.distribute.has_strategy():
+            return contextlib.nullcontext()
+        return self._strategy.scope()
+
+    def _update(self, run, certain):
+        """Hands the cycle's means to the inner optimizer, None for what got no gradient.
+
+        Args:
+            run: Function that runs a function on every replica.
+            certain: For each group of gradients, the indices of the variables that got one in
+                this cycle for certain; None if nothing is.
+        """
+        accumulator = self._accumulator
+        everything = {i for i, v in enumerate(self._trainable_variables) if not self._is_frozen(i)}
+
+        def end_cycle():
+            accumulator.reset()
+            for follower in self._followers():
+                follower.end_cycle()
+
+        def update(indices, certain):
+            def apply():
+                gradients, _ = accumulator.take_result(indices, certain)
+                self._apply_to_inner(gradients)
+                end_cycle()
+
+            def result():
+                micro_steps = tf.cast(accumulator.micro_step.value(), tf.float64)
+                everywhere = micro_steps * number_of_replicas()
+                return *accumulator.take_result(indices, certain), everywhere
+
+            if self._non_finite == PROPAGATE:
+                run(apply)
+            else:
+                scaler = None if self._loss_scaler is None else self._loss_scaler()
+                self._drops.update(run, *run(result), self._apply_to_inner, scaler)
+                run(end_cycle)
+
+        if tf.executing_eagerly():
+            received = accumulator.received()
+            update(everything & set().union(*received), received)
+            return
+        known = accumulator.ever_received if certain is None else set().union(*certain)
+        known, others = everything & known, sorted(everything - known)
+        if not others:
+            update(everything, certain or ())
+        else:
+            tf.cond(
+                accumulator.any_received(others),
+                lambda: update(everything, certain or ()),
+                lambda: update(known, certain or ()),
+            )
+
+    def _apply_to_inner(self, gradients):
+        """Hands gradients that are summed over replicas to the inner optimizer.
+
+        By way of the loss scaler, if there is one, whose own inner optimizer is this one.
+        """
+        scaler = None if self._loss_scaler is None else self._loss_scaler()
+        optimizer = self.inner_optimizer if scaler is None else scaler
+        trained = [
+            (gradient, variable)
+            for i, (gradient, variable) in enumerate(
+                zip(gradients, self._trainable_variables, strict=True)
+            )
+            if gradient is not None or not self._is_frozen(i)
+        ]
+        if not trained:
+            return
+        # Every replica's thread counts, as they take turns.
+        self._updates_running += 1
+        try:
+            with _keras.replicas_agree(self.inner_optimizer), one_by_one(optimizer):
+                optimizer.apply(*map(list, zip(*trained, strict=True)))
+        finally:
+            self._updates_running -= 1
+
+    def _load_state(self, state):
+        # The inner optimizer names its variables "0", "1", ...
+        own = {name: value for name, value in state.items() if not name.isdecimal()}
+        self.inner_optimizer.load_own_variables({k: v for k, v in state.items() if k not in own})
+        if self._schedule is None and "accum_steps" in own:
+            self._take_accum_steps(int(own["accum_steps"]))
+        if self._accumulator is None and _holds_open_cycle(own):
+            self._begin_to_accumulate()
+        if self._drops is not None:
+            for name, variable in self._drops.state.items():
+                variable.assign(own.get(name, 0))
+        if self._accumulator is not None:
+            self._accumulator.load(own)
+
+
+def accumulating_optimizer(optimizer):
+    """The GradientAccumulateOptimizer that `optimizer` is, or that its loss scaler is around."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer if isinstance(optimizer, GradientAccumulateOptimizer) else None
+
+
+def accumulating_optimizer_of(model):
+    """The GradientAccumulateOptimizer that a model was compiled with, or None."""
+    # Not `getattr`: a model wrapper looks up what it lacks on the model in it.
+    return accumulating_optimizer(vars(model).get("optimizer"))
+
+
+def _holds_open_cycle(state):
+    """Whether a dict of what was saved has the sums of a cycle in it."""
+    return "micro_step" in state
+
+
+def _alone(contribution):
+    """The gradients of a cycle of one micro-batch: its own, or zero if it does not count."""
+    factor = contribution.weight
+    if factor is None:
+        return contribution.gradients
+    if contribution.averaged:
+        factor = tf.math.divide_no_nan(factor, factor)
+    return [
+        None if g is None else scale_gradient(g, factor, accumulation_dtype(g.dtype))
+        for g in contribution.gradients
+    ]
+
+
+def _hidden(function):
+    """The same function, as one that a checkpoint does not take for state."""
+    return lambda *args: function(*args)
+
+
+def _checked_inner_optimizer(optimizer):
+    """The Keras optimizer that `optimizer` names, or an error that says what to pass."""
+    optimizer = check_optimizer(optimizer, "LossScaleOptimizer(GradientAccumulateOptimizer(...))")
+    check_does_not_accumulate(optimizer)
+    return optimizer
+
+
+_keras.route_loss_scaling(GradientAccumulateOptimizer)
+hook_into_models(keras.Model, accumulating_optimizer_of)

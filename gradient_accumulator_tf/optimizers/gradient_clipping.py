@@ -1,0 +1,315 @@
+"""Adaptive gradient clipping: each unit's gradient is bounded by the norm of its weights."""
+
+import numbers
+import re
+from collections.abc import Iterable
+
+import keras
+import tensorflow as tf
+
+from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._checks import check_number
+from gradient_accumulator_tf.cycle.gradients import accumulation_dtype
+from gradient_accumulator_tf.optimizers.wrapper import (
+    OptimizerWrapper,
+    check_does_not_accumulate,
+    check_optimizer,
+)
+from gradient_accumulator_tf.replicated.replicas import check_made_under
+
+# The axes that count a kernel's units, where it is not the last one alone.
+UNIT_AXES = {
+    r"depthwise|dwconv|conv_dw": (-2, -1),
+    r"transpose": (-2,),
+    r"(query|key|value)/kernel$": (-2, -1),
+}
+
+
+def unit_norms(tensor, unit_axes=(-1,)):
+    """Euclidean norm of the weights of each unit, in a shape that broadcasts to `tensor`'s.
+
+    Of a tensor with fewer than two axes longer than 1 (biases, gains) it is the norm of the whole.
+
+    Args:
+        tensor: Tensor of static shape.
+        unit_axes: Axes that count the units; the norm is over all others.
+    """
+    rank = tensor.shape.rank
+    units = {axis % rank for axis in unit_axes} if rank else set()
+    if sum(size != 1 for size in tensor.shape) <= 1:
+        units = set()
+    elif len(units) == rank or any(axis < -rank for axis in unit_axes):
+        units = {rank - 1}
+    axes = [axis for axis in range(rank) if axis not in units]
+    return tf.sqrt(tf.reduce_sum(tf.square(tensor), axis=axes, keepdims=True))
+
+
+def clip_units(gradient, weights, clip_factor, epsilon, unit_axes=(-1,)):
+    """`gradient`, each unit's part scaled down to `clip_factor` times the norm of its weights.
+
+        g_i  ->  g_i min(1, clip_factor max(||w_i||, epsilon) / ||g_i||)
+
+    Args:
+        gradient: Tensor of the weights' shape.
+        weights: Tensor.
+        clip_factor: The largest ratio of the two norms.
+        epsilon: The least norm of weights, so that a unit of zeros can learn.
+        unit_axes: See `unit_norms`.
+    """
+    largest = clip_factor * tf.maximum(unit_norms(weights, unit_axes), epsilon)
+    norm = unit_norms(gradient, unit_axes)
+    clipped = gradient * tf.math.divide_no_nan(largest, norm)
+    return tf.where(norm > largest, clipped, gradient)
+
+
+@keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
+class AdaptiveGradientClipping(OptimizerWrapper):
+    """An optimizer that clips each unit's gradient to a fraction of the norm of its weights.
+
+    For unit i of a layer (one output of a dense layer, one filter of a convolution) with weights
+    `w_i` and gradient `g_i`:
+
+        g_i  ->  g_i min(1, clip_factor max(||w_i||, epsilon) / ||g_i||)
+
+    before the inner optimizer, whose own clipping comes after. Inside of either wrapper it clips
+    the mean over the cycle and all replicas, and the result equals that of this optimizer on the
+    effective batch; clipping each micro-batch would not. By itself it clips what Keras would:
+    under a strategy, the sum over replicas.
+
+    ```python
+    clipped = AdaptiveGradientClipping(
+        keras.optimizers.SGD(0.1, momentum=0.9), clip_factor=0.01, exclude=["bias", "predictions"]
+    )
+    optimizer = GradientAccumulateOptimizer(clipped, accum_steps=8)
+    ```
+
+    The units of a kernel are its last axis: `(inputs, units)` of a dense layer, `(height, width,
+    inputs, filters)` of a convolution. Of a depthwise kernel they are its last two axes, of a
+    transposed convolution its last but one, and of the query, key and value kernels of attention
+    its heads and their features; these are told by the names of the variable and its layer. A
+    bias or gain is one unit.
+
+    Args:
+        optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
+        clip_factor: Number > 0 (default 0.01, as in the paper for batches of 4096; larger
+            ones suit smaller batches).
+        epsilon: Number > 0 (default 1e-3), the least norm of weights.
+        exclude: List of what is not clipped: regular expressions, searched in the variables'
+            paths (such as `"bias"`, or `"predictions"` for the layer of that name), or layers.
+            The paper leaves out the last layer.
+        unit_axes: Dict of the axes that count units by a regular expression, searched in the
+            names of a variable's layer and the variable itself ("my_layer/kernel"), ahead of the
+            rules above. The axes are negative integers, one or a list.
+        name: Optional name.
+        **kwargs: None is taken.
+
+    Attributes:
+        inner_optimizer: The wrapped optimizer.
+
+    Raises:
+        TypeError: If `optimizer` is not a Keras 3 optimizer, or an argument of another type.
+        ValueError: If a number is not positive, the inner optimizer accumulates or scales losses;
+            and from `build`, if an entry of `exclude` or `unit_axes` matches no variable, or one
+            of `unit_axes` a kernel of fewer axes.
+
+    Reference:
+        [Brock et al., 2021](https://arxiv.org/abs/2102.06171), High-performance large-scale image
+        recognition without normalization.
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        clip_factor=0.01,
+        epsilon=1e-3,
+        exclude=(),
+        unit_axes=None,
+        name=None,
+        **kwargs,
+    ):
+        optimizer = check_optimizer(optimizer, "LossScaleOptimizer(AdaptiveGradientClipping(...))")
+        if hasattr(optimizer, "accum_steps"):
+            raise ValueError(
+                "Adaptive gradient clipping acts on the mean over a cycle, so its place is inside "
+                f"of the accumulation. Received: {type(optimizer).__name__}. Pass "
+                f"{type(optimizer).__name__}(AdaptiveGradientClipping(...), accum_steps=...)."
+            )
+        check_does_not_accumulate(optimizer)
+        clip_factor = check_number("clip_factor", clip_factor)
+        epsilon = check_number("epsilon", epsilon)
+        exclude = _checked_patterns(exclude)
+        unit_axes = _checked_unit_axes({} if unit_axes is None else unit_axes)
+        example = "AdaptiveGradientClipping(keras.optimizers.SGD(clipnorm=1.0))"
+        super().__init__(optimizer, name, kwargs, example)
+        self._clip_factor = clip_factor
+        self._epsilon = epsilon
+        self._exclude = exclude
+        self._unit_axes = unit_axes
+
+    def build(self, variables):
+        """Creates the inner optimizer's variables.
+
+        Args:
+            variables: List of the trainable variables.
+
+        Raises:
+            ValueError: If an entry of `exclude` or `unit_axes` matches none of them, or one of
+                `unit_axes` a kernel of fewer axes.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
+        paths = [_path(v) for v in variables]
+        for argument in ("exclude", "unit_axes"):
+            for pattern in getattr(self, f"_{argument}"):
+                if not any(re.search(pattern, path) for path in paths):
+                    raise ValueError(
+                        f"Each entry of `{argument}` must match the path of a trainable variable. "
+                        f"Received: {pattern!r}, for the paths {', '.join(paths)}."
+                    )
+        for variable, path in zip(variables, paths, strict=True):
+            self._check_unit_axes(len(variable.shape), path)
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        self._trainable_variables = variables
+        self.built = True
+
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, grads, trainable_variables=None):
+        """Clips the gradients and hands them to the inner optimizer; as for a Keras optimizer."""
+        grads = list(grads)
+        if not grads:
+            return
+        if trainable_variables is None:
+            if not self.built:
+                raise ValueError(
+                    "The optimizer must be built before `apply` is called without "
+                    "`trainable_variables`. Received: gradients only. Pass the variables, or "
+                    "call `optimizer.build(model.trainable_variables)` first."
+                )
+            trainable_variables = self._trainable_variables
+        variables = list(trainable_variables)
+        if not self.built:
+            self.build(variables)
+        grads = _keras.gradients_over_replicas(self.inner_optimizer, grads, variables)
+        clipped = [self._clip(g, v) for g, v in zip(grads, variables, strict=True)]
+        with _keras.replicas_agree(self.inner_optimizer):
+            self.inner_optimizer.apply(clipped, variables)
+
+    def apply_gradients(self, grads_and_vars):
+        """`apply` for pairs of (gradient, variable); returns `iterations`."""
+        gradients, variables = zip(*grads_and_vars, strict=True)
+        self.apply(gradients, variables)
+        return self.iterations
+
+    def _clip(self, gradient, variable):
+        path = _path(variable)
+        excluded = any(re.search(pattern, path) for pattern in self._exclude)
+        # What such a variable is given is its new value.
+        if gradient is None or excluded or getattr(variable, "overwrite_with_gradient", False):
+            return gradient
+        gradient = tf.convert_to_tensor(gradient)
+        dtype = accumulation_dtype(gradient.dtype)
+        # The loss scale is on the gradient, and not on the weights.
+        factor = self._clip_factor * (self.loss_scale_factor or 1.0)
+        clipped = clip_units(
+            tf.cast(gradient, dtype),
+            tf.cast(tf.convert_to_tensor(variable), dtype),
+            factor,
+            self._epsilon,
+            self._axes_of_units(path),
+        )
+        return tf.cast(clipped, gradient.dtype)
+
+    def _axes_of_units(self, path):
+        rules = {**UNIT_AXES, **self._unit_axes}
+        return rules.get(_matching([*self._unit_axes, *UNIT_AXES], path), (-1,))
+
+    def _check_unit_axes(self, rank, path):
+        """Raises ValueError where a kernel has not the axes that the user names for it."""
+        pattern = _matching(self._unit_axes, path)
+        axes = self._unit_axes.get(pattern, ())
+        # A bias is one unit, whatever the pattern that it also matches is for.
+        if rank > 1 and any(axis < -rank for axis in axes):
+            raise ValueError(
+                "`unit_axes` must name axes that the variable has. Received: "
+                f"{axes!r} for {pattern!r}, which matches {path!r} of rank {rank}. Pass axes from "
+                f"{-rank} to -1, or an expression that does not match it."
+            )
+
+    def save_own_variables(self, store):
+        """Writes the inner optimizer's state as it would itself."""
+        self.inner_optimizer.save_own_variables(store)
+
+    def load_own_variables(self, store):
+        """Reads what this optimizer or its inner optimizer wrote."""
+        self.inner_optimizer.load_own_variables(store)
+
+    def get_config(self):
+        """Config with the serialised inner optimizer."""
+        return {
+            **super().get_config(),
+            "clip_factor": self._clip_factor,
+            "epsilon": self._epsilon,
+            "exclude": list(self._exclude),
+            "unit_axes": {pattern: list(axes) for pattern, axes in self._unit_axes.items()},
+        }
+
+
+def _matching(patterns, path):
+    """The first expression that is found in the names of a variable's layer and its own."""
+    own = "/".join(path.split("/")[-2:])
+    return next((pattern for pattern in patterns if re.search(pattern, own)), None)
+
+
+def _path(variable):
+    return getattr(variable, "path", None) or variable.name
+
+
+def _checked_patterns(exclude):
+    """Regular expressions, from a list of them and of layers."""
+    rule = "`exclude` must be a list of regular expressions for paths of variables, and of layers."
+    if isinstance(exclude, str) or not hasattr(exclude, "__iter__"):
+        raise TypeError(f'{rule} Received: exclude={exclude!r}. Pass for example ["bias"].')
+    patterns = []
+    for entry in exclude:
+        if isinstance(entry, keras.Layer):
+            entry = f"(^|/){re.escape(entry.name)}/"
+        if not isinstance(entry, str):
+            raise TypeError(
+                f"{rule} Received: {entry!r} (of type {type(entry).__name__}) in it. Pass for "
+                'example ["bias", model.layers[-1]].'
+            )
+        patterns.append(_checked_pattern("exclude", entry))
+    return tuple(patterns)
+
+
+def _checked_pattern(argument, pattern):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`{argument}` must hold regular expressions. Received: {pattern!r}, where {error}. "
+            "Use re.escape for a name."
+        ) from error
+    return pattern
+
+
+def _checked_unit_axes(unit_axes):
+    rule = "`unit_axes` must map regular expressions to axes, which are negative integers."
+    example = 'Pass for example {"my_layer/kernel": (-2, -1)}.'
+    if not isinstance(unit_axes, dict):
+        raise TypeError(f"{rule} Received: unit_axes={unit_axes!r}. {example}")
+    checked = {}
+    for pattern, axes in unit_axes.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"{rule} Received: {pattern!r} as an expression. {example}")
+        given = list(axes) if isinstance(axes, Iterable) and not isinstance(axes, str) else [axes]
+        whole = [isinstance(axis, numbers.Integral) and type(axis) is not bool for axis in given]
+        if not all(whole):
+            raise TypeError(f"{rule} Received: {axes!r} for {pattern!r}. {example}")
+        if not whole or any(axis >= 0 for axis in given):
+            raise ValueError(f"{rule} Received: {axes!r} for {pattern!r}. {example}")
+        checked[_checked_pattern("unit_axes", pattern)] = tuple(map(int, given))
+    return checked

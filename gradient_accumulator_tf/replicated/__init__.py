@@ -1,0 +1,1 @@
+"""`tf.distribute` for one replica and for many: sums, conditionals, variables."""

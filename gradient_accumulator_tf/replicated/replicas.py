@@ -1,0 +1,82 @@
+"""Replicas of a `tf.distribute` strategy, and what they tell each other: sums, once per update."""
+
+import contextlib
+
+import tensorflow as tf
+
+from gradient_accumulator_tf import _keras
+
+
+def number_of_replicas():
+    """Replicas in sync under the strategy in force; 1 without one."""
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+@contextlib.contextmanager
+def lone_replica():
+    """Within this context a replica that is the only one may synchronise anywhere.
+
+    A strategy's own replica context waits for the other replicas, also where there are none, and so
+    refuses layers and metrics that synchronise in a loop or conditional.
+    """
+    strategy = tf.distribute.get_strategy()
+    in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
+    if in_replica and number_of_replicas() == 1:
+        # A reduction asks where a tensor is, which a loop's body does not say by itself.
+        (device,) = strategy.extended.worker_devices
+        with tf.distribute.ReplicaContext(strategy, replica_id_in_sync_group=0), tf.device(device):
+            yield
+    else:
+        yield
+
+
+def sum_over_replicas(tensors):
+    """Each tensor's sum over all replicas; to be called in replica context.
+
+    One reduction for each dtype, as one message cannot hold several.
+
+    Args:
+        tensors: Nested structure of dense tensors and None.
+    """
+    if number_of_replicas() == 1:
+        return tensors
+    context = tf.distribute.get_replica_context()
+    flat = tf.nest.flatten(tensors)
+    for dtype in dict.fromkeys(t.dtype for t in flat if t is not None):
+        places = [i for i, t in enumerate(flat) if t is not None and t.dtype == dtype]
+        # The reduction asks where a tensor is; what a variable is read to does not say it.
+        here = [tf.identity(flat[i]) for i in places]
+        sums = context.all_reduce(tf.distribute.ReduceOp.SUM, here)
+        for i, total in zip(places, sums, strict=True):
+            flat[i] = total
+    return tf.nest.pack_sequence_as(tensors, flat)
+
+
+def check_strategy():
+    """Makes ready for the strategy in force.
+
+    Raises:
+        ValueError: If it is one under which nothing here can work.
+    """
+    strategy = tf.distribute.get_strategy()
+    if _keras.is_parameter_server(strategy):
+        raise ValueError(
+            "Accumulating needs a strategy under which replicas train in step and each has "
+            f"variables of its own. Received: {type(strategy).__name__}, which keeps variables "
+            "on devices that do not compute. Use tf.distribute.MirroredStrategy (one machine) "
+            "or tf.distribute.MultiWorkerMirroredStrategy (several)."
+        )
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        _keras.mend_fit_on_several_workers()
+
+
+def check_made_under(strategy, optimizer):
+    """Raises ValueError unless an optimizer was made under the strategy that it is to train in."""
+    made = _keras.strategy_of(optimizer)
+    if made is not strategy:
+        raise ValueError(
+            "An optimizer must be made in the scope of the strategy that trains with it. Received: "
+            f"{type(optimizer).__name__} made under {type(made).__name__}, to train under "
+            f"{type(strategy).__name__}. Make model and optimizer, and compile, within "
+            "`with strategy.scope():`."
+        )

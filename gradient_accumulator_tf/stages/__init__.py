@@ -1,0 +1,1 @@
+"""What looks across the examples of an effective batch, in stages over its micro-batches."""
