@@ -1,20 +1,16 @@
-"""What becomes of gradients that hold an inf or a nan: the policies of both wrappers."""
+"""Policies for gradients that hold an inf or a nan: each screens, decides and counts.
+
+A policy is a value of `POLICIES`, and both wrappers ask it. A new one is a subclass here.
+"""
 
 import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import check_choice
-from gradient_accumulator_tf.replicated.conditionals import run_if
+from gradient_accumulator_tf.replicated.conditionals import across_replicas, run_if
 from gradient_accumulator_tf.replicated.replicas import number_of_replicas
 from gradient_accumulator_tf.replicated.variables import counter
-
-PROPAGATE, DROP_MICRO_BATCH, DROP_CYCLE = "propagate", "drop_micro_batch", "drop_cycle"
-
-
-def check_non_finite(value):
-    """Raises ValueError if `value` is not one of the policies."""
-    check_choice("non_finite", value, (PROPAGATE, DROP_MICRO_BATCH, DROP_CYCLE))
 
 
 def all_finite(structure):
@@ -33,10 +29,10 @@ def all_finite(structure):
 
 
 def zero_unless(keep, value):
-    """`value`, or zeros of its kind where `keep`, a scalar bool tensor, does not hold.
+    """`value`, or zeros in its place where `keep`, a scalar bool tensor, does not hold.
 
-    A product, which leaves no inf or nan where the factor is 0 and costs one pass; a conditional
-    would copy as well.
+    The result is a product, which leaves no inf or nan where the factor is 0 and costs one pass. A
+    conditional would copy as well.
     """
     if value is None:
         return None
@@ -48,31 +44,153 @@ def zero_unless(keep, value):
     return tf.math.multiply_no_nan(value, tf.cast(keep, value.dtype))
 
 
-def without_non_finite(contributions):
-    """A micro-batch's contributions, made to count for nothing unless all of them are finite.
+class Propagate:
+    """Nothing is looked at, as by the large batch: an inf or a nan reaches the weights.
 
-    Args:
-        contributions: List of `Contribution` of one micro-batch.
+    The base of the other policies. A policy has no state: what it counts is in `new_counts()`.
 
-    Returns:
-        List of `Contribution` with gradients and weights of zero if anything in them was not
-        finite; and a float64 scalar, 1 if so and 0 if not.
+    Attributes:
+        name: The string that users pass.
+        finite_only: Whether moving statistics and logged losses leave out what is not finite, and
+            gradients with a weight that is not finite are accepted.
+        screens: Whether single micro-batches may be left out, so that the weight of the effective
+            batch is known only behind its last micro-batch.
     """
-    keep = all_finite([(c.gradients, c.weight) for c in contributions])
 
-    def kept(contribution):
-        weight = contribution.weight
-        if weight is None and contribution.averaged:
-            weight = 1 / number_of_replicas()  # what None stands for
-        weight = None if weight is None else tf.cast(weight, tf.float64)
-        gradients = [zero_unless(keep, g) for g in contribution.gradients]
-        return contribution._replace(gradients=gradients, weight=zero_unless(keep, weight))
+    name = "propagate"
+    finite_only = False
+    screens = False
 
-    return [kept(c) for c in contributions], 1.0 - tf.cast(keep, tf.float64)
+    def screen(self, contributions):
+        """Looks at one micro-batch.
+
+        Args:
+            contributions: List of `Contribution` of one micro-batch.
+
+        Returns:
+            List of `Contribution` to add to the sums; and a float64 scalar, 1 if they were made to
+            count for nothing and 0 if not. None if no micro-batch ever is.
+        """
+        return contributions, None
+
+    def screen_losses(self, loss, sums):
+        """What a micro-batch's loss adds to the logged loss.
+
+        Args:
+            loss: Scalar, the micro-batch's total loss.
+            sums: Nested structure of scalars and None, what is added up.
+        """
+        del loss
+        return sums
+
+    def logged(self, value, weight):
+        """A loss and its weight in the mean over the epoch (None is Keras's default)."""
+        return value, weight
+
+    def new_counts(self):
+        """New variables that count what is dropped, and what decides on an update: see `Drops`."""
+        return NoDrops()
+
+    def callbacks(self):
+        """List of the callbacks that tell the user in `fit` what was dropped."""
+        return []
+
+
+class DropCycle(Propagate):
+    """A cycle whose mean is not finite ends without an update."""
+
+    name = "drop_cycle"
+    finite_only = True
+
+    def logged(self, value, weight):
+        """Both 0 if the loss is not finite."""
+        finite = tf.math.is_finite(value)
+        weight = tf.ones_like(value) if weight is None else tf.cast(weight, value.dtype)
+        return zero_unless(finite, value), zero_unless(finite, weight)
+
+    def new_counts(self):
+        """New `Drops`."""
+        return Drops()
+
+    def callbacks(self):
+        """Both counts are in the logs of each epoch."""
+        return [LogDrops()]
+
+
+class DropMicroBatch(DropCycle):
+    """A micro-batch whose gradients or weight are not finite is left out of the mean.
+
+    A cycle without a finite micro-batch ends without an update.
+    """
+
+    name = "drop_micro_batch"
+    screens = True
+
+    def screen(self, contributions):
+        """Gradients and weights of zero if anything in them is not finite."""
+        keep = all_finite([(c.gradients, c.weight) for c in contributions])
+
+        def kept(contribution):
+            weight = contribution.weight
+            if weight is None and contribution.averaged:
+                weight = 1 / number_of_replicas()  # what None stands for
+            weight = None if weight is None else tf.cast(weight, tf.float64)
+            gradients = [zero_unless(keep, g) for g in contribution.gradients]
+            return contribution._replace(gradients=gradients, weight=zero_unless(keep, weight))
+
+        return [kept(c) for c in contributions], 1.0 - tf.cast(keep, tf.float64)
+
+    def screen_losses(self, loss, sums):
+        """Zeros if the loss is not finite."""
+        finite = tf.math.is_finite(loss)
+        return tf.nest.map_structure(lambda v: zero_unless(finite, v), sums)
+
+
+PROPAGATE = Propagate()
+POLICIES = {policy.name: policy for policy in (PROPAGATE, DropMicroBatch(), DropCycle())}
+
+
+def policy_of(name):
+    """The policy that the argument `non_finite` names.
+
+    Raises:
+        ValueError: If `name` is not one of `POLICIES`.
+    """
+    check_choice("non_finite", name, tuple(POLICIES))
+    return POLICIES[name]
+
+
+class NoDrops:
+    """Every cycle ends in an update, and nothing is counted. Has the methods of `Drops`."""
+
+    variables = ()
+
+    @property
+    def state(self):
+        """An empty dict."""
+        return {}
+
+    @property
+    def dropped_micro_steps(self):
+        """int64 scalar tensor, 0."""
+        return tf.zeros((), tf.int64)
+
+    @property
+    def dropped_cycles(self):
+        """int64 scalar tensor, 0."""
+        return tf.zeros((), tf.int64)
+
+    def update(self, gradients, dropped, micro_batches, apply, scaler=None):
+        """Updates."""
+        apply(gradients)
+
+    def update_across(self, run, result, apply, scaler=None):
+        """Updates on every replica."""
+        run(lambda: apply(result()[0]))
 
 
 class Drops(tf.Module):
-    """Updates unless there is nothing finite to update with, and counts what was dropped.
+    """Updates unless nothing finite is left to update with, and counts what was dropped.
 
     Attributes:
         dropped_micro_steps: int64 scalar variable, micro-batches over all replicas, counted as
@@ -90,18 +208,37 @@ class Drops(tf.Module):
         """Dict of name to variable."""
         return {name: getattr(self, name) for name in ("dropped_micro_steps", "dropped_cycles")}
 
-    def update(self, run, gradients, dropped, micro_batches, apply, scaler=None):
-        """Ends a cycle; to be called where `across_replicas` calls its action.
+    def update(self, gradients, dropped, micro_batches, apply, scaler=None):
+        """Ends a cycle; every replica calls it with the same values.
 
         Args:
-            run: Function that runs a function on every replica.
-            gradients: The cycle's mean gradients, which every replica has.
+            gradients: The cycle's mean gradients.
             dropped: float64 scalar, micro-batches dropped in it over all replicas.
             micro_batches: float64 scalar, micro-batches in it over all replicas.
             apply: Function that updates with gradients, on a replica.
             scaler: The `LossScaleOptimizer` that `apply` goes through, or None. Its scale is
                 halved, once, if anything overflowed, also where the rest is an update.
         """
+        across_replicas(
+            lambda run, *values: self._end(run, *values, apply, scaler),
+            gradients,
+            dropped,
+            micro_batches,
+        )
+
+    def update_across(self, run, result, apply, scaler=None):
+        """Ends a cycle; called where `across_replicas` calls its action.
+
+        Args:
+            run: Function that runs a function on every replica.
+            result: Function that returns `gradients`, `dropped` and `micro_batches` on a replica;
+                as for `update`.
+            apply: As for `update`.
+            scaler: As for `update`.
+        """
+        self._end(run, *run(result), apply, scaler)
+
+    def _end(self, run, gradients, dropped, micro_batches, apply, scaler):
         scale = None if scaler is None else run(lambda: _own(scaler.dynamic_scale))
 
         def is_due(gradients, dropped, micro_batches):

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import numbers
+import operator
 import warnings
 from typing import Any, NamedTuple
 
@@ -43,15 +44,7 @@ from gradient_accumulator_tf.cycle.losses import (
     with_coefficients,
 )
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
-from gradient_accumulator_tf.cycle.non_finite import (
-    DROP_MICRO_BATCH,
-    PROPAGATE,
-    Drops,
-    LogDrops,
-    check_non_finite,
-    without_non_finite,
-    zero_unless,
-)
+from gradient_accumulator_tf.cycle.non_finite import NoDrops, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
     check_accum_steps,
     deserialize_accum_steps,
@@ -71,7 +64,6 @@ from gradient_accumulator_tf.optimizers.accumulate import (
 )
 from gradient_accumulator_tf.optimizers.update_order import one_by_one
 from gradient_accumulator_tf.optimizers.wrapper import parts_of
-from gradient_accumulator_tf.replicated.conditionals import across_replicas
 from gradient_accumulator_tf.replicated.replicas import (
     check_made_under,
     check_strategy,
@@ -142,11 +134,9 @@ def _checked_micro_batch_size(value):
     )
 
 
-def _fixed(name, doc):
+def _fixed(name, attribute, doc):
     """A property that can be read, and whose setting is refused with what to do instead."""
-
-    def get(self):
-        return getattr(self, f"_{name}")
+    get = operator.attrgetter(attribute)
 
     def refuse(self, value):
         raise AttributeError(
@@ -289,8 +279,8 @@ class GradientAccumulateModel(ModelWrapper):
                 'batch_norm="exact" needs the whole effective batch in each step. Received: '
                 f"accum_steps={accum_steps}. Pass micro_batch_size instead."
             )
-        check_non_finite(non_finite)
-        if batch_norm == "exact" and non_finite == DROP_MICRO_BATCH:
+        policy = policy_of(non_finite)
+        if batch_norm == "exact" and policy.screens:
             raise ValueError(
                 'With batch_norm="exact" every example depends on all others, so no micro-batch '
                 f"can be dropped alone. Received: non_finite={non_finite!r}. Pass "
@@ -303,11 +293,10 @@ class GradientAccumulateModel(ModelWrapper):
         self._micro_batch_size = micro_batch_size
         self._batch_norm = batch_norm
         self._exact_batch_norm = None
-        self._non_finite = non_finite
+        self._policy = policy
         self._shared_inputs = shared_inputs
         self._plain_optimizers = None
-        within_step = micro_batch_size is not None and non_finite != PROPAGATE
-        self._drops = Drops() if within_step else None
+        self._drops = NoDrops() if micro_batch_size is None else policy.new_counts()
         self._largest_batch = None if micro_batch_size is None else LargestBatch()
         if micro_batch_size is not None and "fit" in vars(self):
             vars(self)["fit"] = self._watched(self.fit)
@@ -360,18 +349,25 @@ class GradientAccumulateModel(ModelWrapper):
             # each step.
             super().make_train_function(force=True)
 
-    batch_norm = _fixed("batch_norm", "What trainable batch norms normalise by.")
-    non_finite = _fixed("non_finite", "What becomes of gradients that are not finite.")
+    batch_norm = _fixed("batch_norm", "_batch_norm", "What trainable batch norms normalise by.")
+    non_finite = _fixed(
+        "non_finite", "_policy.name", "What becomes of gradients that are not finite."
+    )
 
     @property
     def dropped_micro_steps(self):
-        """int64 scalar variable: micro-batches dropped so far (0 if none can be)."""
-        return getattr(self._drops or self._accumulating_optimizer, "dropped_micro_steps", 0)
+        """int64 scalar tensor: micro-batches dropped so far (0 if none can be)."""
+        return tf.convert_to_tensor(self._counts.dropped_micro_steps)
 
     @property
     def dropped_cycles(self):
-        """int64 scalar variable: cycles dropped so far (0 if none can be)."""
-        return getattr(self._drops or self._accumulating_optimizer, "dropped_cycles", 0)
+        """int64 scalar tensor: cycles dropped so far (0 if none can be)."""
+        return tf.convert_to_tensor(self._counts.dropped_cycles)
+
+    @property
+    def _counts(self):
+        """What counts the drops: this model, or the optimizer that it accumulates in."""
+        return self._accumulating_optimizer or self._drops
 
     def compile(
         self,
@@ -482,7 +478,7 @@ class GradientAccumulateModel(ModelWrapper):
         its `on_epoch_end` callbacks.
         """
         own = [FlushAtEpochEnd()] if self.micro_batch_size is None else []
-        own += [LogDrops()] if self.non_finite != PROPAGATE else []
+        own += self._policy.callbacks()
         own += [WarnOfOnePiece(batch_size, self._largest_batch)] if self._largest_batch else []
         if isinstance(callbacks, keras.callbacks.CallbackList):
             for callback in own:
@@ -619,9 +615,8 @@ class GradientAccumulateModel(ModelWrapper):
         variables = self.trainable_weights
         examples = batch.examples
         self._largest_batch.see(examples)
-        drops = self.non_finite == DROP_MICRO_BATCH
         total = None  # what will be left of the effective batch, if some of it may be dropped
-        if not drops:
+        if not self._policy.screens:
             total = sum_over_replicas(tf.cast(examples, tf.float64)) / number_of_replicas()
 
         effective = _Effective(total, batch.times_weighed(self.micro_batch_size))
@@ -641,7 +636,7 @@ class GradientAccumulateModel(ModelWrapper):
                 counts or (tf.zeros((), tf.float64), tf.ones((), tf.float64)),
             )
         loss, values = loss_from_sums(losses)
-        if drops:
+        if self._policy.screens:
             left = losses[-1][-1] / number_of_replicas()
             return self._with_loss(logs, (loss, left), [(value, left) for value in values])
         # Keras weights these by the batch size where it is static, so as the large batch does.
@@ -650,16 +645,12 @@ class GradientAccumulateModel(ModelWrapper):
 
     def _sum_of_micro_steps(self, batch, effective, variables):
         """Sums of what all micro-steps found, and the logs of the last."""
-        drops = self.non_finite == DROP_MICRO_BATCH
 
         def step(micro_batch):
             step = self._micro_step(micro_batch, effective)
             losses = loss_sums(step.loss, step.terms, step.weight, step.share)
-            groups, dropped = step.groups, None
-            if drops:
-                groups, dropped = without_non_finite(groups)
-                finite = tf.math.is_finite(step.loss)
-                losses = tf.nest.map_structure(lambda v: zero_unless(finite, v), losses)
+            losses = self._policy.screen_losses(step.loss, losses)
+            groups, dropped = self._policy.screen(step.groups)
             counts = None if dropped is None else (dropped, tf.ones_like(dropped))
             groups = [(g.gradients, g.weight) for g in groups]
             return (groups, (losses, counts)), [], step.logs
@@ -698,7 +689,7 @@ class GradientAccumulateModel(ModelWrapper):
             variables,
             totals_of,
             differentiate,
-            finite_only=self.non_finite != PROPAGATE,
+            finite_only=self._policy.finite_only,
         )
         return ([(gradients, None)] if variables else [], (losses, None)), logs
 
@@ -721,17 +712,8 @@ class GradientAccumulateModel(ModelWrapper):
             ):
                 self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
 
-        if self._drops is None:
-            apply(gradients)
-            return
         scaled = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
-        across_replicas(
-            lambda run, *values: self._drops.update(
-                run, *values, apply, self.optimizer if scaled else None
-            ),
-            gradients,
-            *counts,
-        )
+        self._drops.update(gradients, *counts, apply, self.optimizer if scaled else None)
 
     def _loss(self, data, predict, effective=None):
         """Forward pass of one micro-batch, and what its loss is made of.
@@ -742,14 +724,13 @@ class GradientAccumulateModel(ModelWrapper):
             effective: `_Effective` of the batch that `data` is a slice of; None across steps.
         """
         x, y, sample_weight = data
-        drops = self.non_finite != PROPAGATE
         examples = batch_size(data, self._shared_inputs)
         known = {"same_shapes": False}
         if effective is not None:
             weighed = effective.weighed
             times = None if weighed is None else by_identity(sample_weight, weighed)
             known = {"same_shapes": True, "times_weighed": times}
-        with tf.GradientTape(persistent=True) as tape, led(finite_only=drops):
+        with tf.GradientTape(persistent=True) as tape, led(finite_only=self._policy.finite_only):
             _keras.clear_added_losses(self)
             y_pred = predict(tape)
             recorder = LossRecorder(tape, examples=examples, **known)
@@ -816,8 +797,7 @@ class GradientAccumulateModel(ModelWrapper):
             loss: Tuple of the total loss and its weight in the mean over the epoch.
             values: List of the same for each compiled loss.
         """
-        if self.non_finite != PROPAGATE:
-            loss, *values = [_counted_if_finite(*pair) for pair in (loss, *values)]
+        loss, *values = [self._policy.logged(*pair) for pair in (loss, *values)]
         _keras.track_loss(self, *loss)
         metrics = _keras.per_output_loss_metrics(self)
         for metric, (value, weight) in zip(metrics, values, strict=False):
@@ -965,13 +945,6 @@ class GradientAccumulateModel(ModelWrapper):
 
 # Legacy HDF5 files name a model's class without the package that it is registered under.
 keras.saving.get_custom_objects()["GradientAccumulateModel"] = GradientAccumulateModel
-
-
-def _counted_if_finite(value, weight):
-    """A loss and its weight in a mean, both 0 if it is not finite."""
-    finite = tf.math.is_finite(value)
-    weight = tf.ones_like(value) if weight is None else tf.cast(weight, value.dtype)
-    return zero_unless(finite, value), zero_unless(finite, weight)
 
 
 def _as_tensor(leaf):

@@ -19,13 +19,7 @@ from gradient_accumulator_tf.cycle.gradients import (
     received_of,
     scale_gradient,
 )
-from gradient_accumulator_tf.cycle.non_finite import (
-    DROP_MICRO_BATCH,
-    PROPAGATE,
-    Drops,
-    check_non_finite,
-    without_non_finite,
-)
+from gradient_accumulator_tf.cycle.non_finite import PROPAGATE, NoDrops, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
     check_accum_steps,
     deserialize_accum_steps,
@@ -118,9 +112,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         steps_in_cycle: int64 scalar variable, the micro-batches that the current cycle takes.
         reduction: "mean" or "sum".
         non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
-        dropped_micro_steps: int64 scalar variable, the micro-batches that were dropped, over all
+        dropped_micro_steps: int64 scalar tensor, the micro-batches that were dropped, over all
             replicas; counted as their cycle ends.
-        dropped_cycles: int64 scalar variable, the cycles that ended without an update.
+        dropped_cycles: int64 scalar tensor, the cycles that ended without an update.
         iterations: int64 scalar variable, the number of updates.
         micro_step: int64 scalar variable, the micro-batches in the current cycle.
         just_updated: Scalar bool tensor, whether the last `apply` ended in an update.
@@ -149,7 +143,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     ):
         accum_steps = check_accum_steps(accum_steps, "micro-batches per update")
         check_choice("reduction", reduction, ("mean", "sum"))
-        check_non_finite(non_finite)
+        policy = policy_of(non_finite)
         optimizer = _checked_inner_optimizer(optimizer)
         check_strategy()
         example = "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8)"
@@ -158,9 +152,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._schedule = _hidden(traced(accum_steps)) if callable(accum_steps) else None
         self._next_steps = None
         self._reduction = reduction
-        self._non_finite = non_finite
+        self._policy = policy
         self._accumulator = None
-        self._drops = None
+        self._drops = NoDrops()
         self._loss_scaler = None
         self._updates_running = 0
         self._followers = tuple
@@ -218,7 +212,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             return True
         if any(weight.dtype == bool for weight in self._weights_to_set or ()):
             return True  # only sums have such a variable: which of them were begun
-        one_by_one = self._accum_steps == 1 and self._non_finite == PROPAGATE
+        one_by_one = self._accum_steps == 1 and self._policy is PROPAGATE
         return not one_by_one or number_of_replicas() > 1
 
     @property
@@ -229,17 +223,17 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     @property
     def non_finite(self):
         """What becomes of gradients that are not finite."""
-        return self._non_finite
+        return self._policy.name
 
     @property
     def dropped_micro_steps(self):
-        """int64 scalar variable: micro-batches dropped so far (0 before `build`)."""
-        return 0 if self._drops is None else self._drops.dropped_micro_steps
+        """int64 scalar tensor: micro-batches dropped so far (0 before `build`)."""
+        return tf.convert_to_tensor(self._drops.dropped_micro_steps)
 
     @property
     def dropped_cycles(self):
-        """int64 scalar variable: cycles dropped so far (0 before `build`)."""
-        return 0 if self._drops is None else self._drops.dropped_cycles
+        """int64 scalar tensor: cycles dropped so far (0 before `build`)."""
+        return tf.convert_to_tensor(self._drops.dropped_cycles)
 
     @property
     def micro_step(self):
@@ -304,9 +298,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def _variables_from_build(self):
         if self._accumulator is None:
             return self.inner_optimizer.variables
-        drops = [] if self._drops is None else self._drops.variables
         cycle = self._accumulator.variables_from_build
-        return [*self.inner_optimizer.variables, *drops, *cycle]
+        return [*self.inner_optimizer.variables, *self._drops.variables, *cycle]
 
     def build(self, variables):
         """Creates the inner optimizer's variables and one accumulator per trainable variable.
@@ -440,7 +433,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         if self.is_updating:
             self.inner_optimizer.apply(grads, trainable_variables)
             return
-        weight = checked_weight(weight, finite=self._non_finite == PROPAGATE)
+        weight = checked_weight(weight, finite=not self._policy.finite_only)
         contribution = Contribution(grads, weight, averaged=self._reduction == "mean")
         self.apply_contributions([contribution], trainable_variables)
 
@@ -466,9 +459,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 self._apply_to_inner(gradients)
             return
         self._accumulator.begin(self._steps_of_next_cycle())
-        dropped = None
-        if self._non_finite == DROP_MICRO_BATCH:
-            contributions, dropped = without_non_finite(contributions)
+        contributions, dropped = self._policy.screen(contributions)
         self._accumulator.add(*contributions, dropped=dropped)
         certain = [received_of(c) for c in contributions]
         run_on_replicas_if(
@@ -535,7 +526,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 store[name] = variable.numpy()
         if self._steps_set_by_hand is not None:
             store["accum_steps"] = np.int64(self._steps_set_by_hand)
-        dropped = {} if self._drops is None else self._drops.state
+        dropped = self._drops.state
         if any(int(variable.numpy()) for variable in dropped.values()):
             for name, variable in dropped.items():
                 store[name] = variable.numpy()
@@ -556,7 +547,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             **super().get_config(),
             "accum_steps": serialize_accum_steps(self.accum_steps),
             "reduction": self._reduction,
-            "non_finite": self._non_finite,
+            "non_finite": self._policy.name,
         }
 
     @classmethod
@@ -593,8 +584,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             accumulator.steps_in_cycle.assign(1)  # the last micro-batch was a cycle
         # A checkpoint that was restored before writes its values here.
         self._accumulator = accumulator
-        if self._non_finite != PROPAGATE and self._drops is None:
-            self._drops = Drops()
+        if isinstance(self._drops, NoDrops):
+            self._drops = self._policy.new_counts()
         if self._schedule is None and self._next_steps is None:
             self._next_steps = Untracked(counter("accum_steps", self._accum_steps))
 
@@ -635,8 +626,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         shown = {"accum_steps": self.accum_steps}
         if self._reduction != "mean":
             shown["reduction"] = self._reduction
-        if self._non_finite != PROPAGATE:
-            shown["non_finite"] = self._non_finite
+        if self._policy is not PROPAGATE:
+            shown["non_finite"] = self._policy.name
         return shown
 
     def _aligned(self, grads, variables):
@@ -721,22 +712,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 follower.end_cycle()
 
         def update(indices, certain):
-            def apply():
-                gradients, _ = accumulator.take_result(indices, certain)
-                self._apply_to_inner(gradients)
-                end_cycle()
-
             def result():
                 micro_steps = tf.cast(accumulator.micro_step.value(), tf.float64)
                 everywhere = micro_steps * number_of_replicas()
                 return *accumulator.take_result(indices, certain), everywhere
 
-            if self._non_finite == PROPAGATE:
-                run(apply)
-            else:
-                scaler = None if self._loss_scaler is None else self._loss_scaler()
-                self._drops.update(run, *run(result), self._apply_to_inner, scaler)
-                run(end_cycle)
+            scaler = None if self._loss_scaler is None else self._loss_scaler()
+            self._drops.update_across(run, result, self._apply_to_inner, scaler)
+            run(end_cycle)
 
         if tf.executing_eagerly():
             received = accumulator.received()
@@ -785,9 +768,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             self._take_accum_steps(int(own["accum_steps"]))
         if self._accumulator is None and _holds_open_cycle(own):
             self._begin_to_accumulate()
-        if self._drops is not None:
-            for name, variable in self._drops.state.items():
-                variable.assign(own.get(name, 0))
+        for name, variable in self._drops.state.items():
+            variable.assign(own.get(name, 0))
         if self._accumulator is not None:
             self._accumulator.load(own)
 
