@@ -88,6 +88,23 @@ def call_has_training_argument(layer):
     return layer._call_has_training_arg
 
 
+def batch_moments(layer, inputs, mask):
+    """Mean and variance that a batch norm normalises by in training.
+
+    `BatchNormalization._moments` (Keras 3.8 to 3.15). Keras's `call` computes and applies them at
+    once, and masks are treated in another way in each of its versions.
+
+    Args:
+        layer: A built `keras.layers.BatchNormalization`.
+        inputs: Tensor of at least float32.
+        mask: Bool tensor without the axis of the channels, or None.
+
+    Returns:
+        Two tensors of shape (channels,) and the inputs' dtype.
+    """
+    return layer._moments(inputs, mask)
+
+
 def all_layers(model):
     """The model and all layers in it, however deep (`Layer._flatten_layers`, Keras 3.8 to 3.15)."""
     return model._flatten_layers()

@@ -18,7 +18,8 @@ from gradient_accumulator_tf._checks import (
     similar_name,
 )
 from gradient_accumulator_tf._keras.model_hooks import held_by
-from gradient_accumulator_tf.batch_norm.layer import AccumBatchNorm, led
+from gradient_accumulator_tf.batch_norm.cycle_end import model_ends_cycle
+from gradient_accumulator_tf.batch_norm.layer import AccumBatchNorm
 from gradient_accumulator_tf.cycle.batches import (
     Batch,
     batch_size,
@@ -547,7 +548,7 @@ class GradientAccumulateModel(ModelWrapper):
         self._splits = True
         optimizer = self._accumulating_optimizer
         if optimizer is not None and not optimizer.accumulates:
-            with led():
+            with model_ends_cycle():
                 logs = super().train_step(data)
             self._end_cycle_of_batch_norms()
             return logs
@@ -730,7 +731,8 @@ class GradientAccumulateModel(ModelWrapper):
             weighed = effective.weighed
             times = None if weighed is None else by_identity(sample_weight, weighed)
             known = {"same_shapes": True, "times_weighed": times}
-        with tf.GradientTape(persistent=True) as tape, led(finite_only=self._policy.finite_only):
+        finite_only = self._policy.finite_only
+        with tf.GradientTape(persistent=True) as tape, model_ends_cycle(finite_only):
             _keras.clear_added_losses(self)
             y_pred = predict(tape)
             recorder = LossRecorder(tape, examples=examples, **known)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import keras
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf.batch_norm.layer import is_known_batch_norm, is_like_batch_norm
+from gradient_accumulator_tf.batch_norm.kinds import is_known_batch_norm, is_like_batch_norm
 
 # Their outputs are not smaller than their inputs, so that keeping the inputs costs no more.
 _NOT_SHRINKING = (

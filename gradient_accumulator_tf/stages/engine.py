@@ -23,7 +23,7 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf.batch_norm.layer import pooled_moments
+from gradient_accumulator_tf.batch_norm.moments import pooled_moments
 from gradient_accumulator_tf.cycle.gradients import add_to_sums, overwritten_of, zero_sums
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
