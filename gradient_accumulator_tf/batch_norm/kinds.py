@@ -22,8 +22,3 @@ def is_known_batch_norm(layer):
     """
     known = type(layer) in (keras.layers.BatchNormalization, AccumBatchNorm)
     return known and not getattr(layer, "renorm", False)
-
-
-def has_batch_statistics(layer):
-    """Whether a layer, or one in it, normalises by the batch in training."""
-    return any(is_like_batch_norm(inner) and inner.trainable for inner in _keras.all_layers(layer))

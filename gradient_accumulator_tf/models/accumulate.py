@@ -72,8 +72,8 @@ from gradient_accumulator_tf.replicated.replicas import (
     sum_over_replicas,
 )
 from gradient_accumulator_tf.replicated.variables import outside_of_tracing
-from gradient_accumulator_tf.stages.cuts import has_batch_statistics
-from gradient_accumulator_tf.stages.engine import ExactBatchNorm
+from gradient_accumulator_tf.stages.batch_norm import BATCH_NORM
+from gradient_accumulator_tf.stages.engine import StagedGradients
 
 
 class _MicroStep(NamedTuple):
@@ -788,8 +788,8 @@ class GradientAccumulateModel(ModelWrapper):
         if self.batch_norm != "exact" or self._exact_batch_norm is not None:
             return
         model = self if self.model is None else self.model
-        if has_batch_statistics(model):
-            self._exact_batch_norm = ExactBatchNorm(model)
+        if BATCH_NORM.is_in(model):
+            self._exact_batch_norm = StagedGradients(model, BATCH_NORM)
 
     def _with_loss(self, logs, loss, values):
         """The logs after the metrics of the loss, and of each output's, have seen a step's.
