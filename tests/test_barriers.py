@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf.cycle.batches import Batch
-from gradient_accumulator_tf.replicated.replicas import sum_over_replicas
+from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
 from gradient_accumulator_tf.stages.barrier import Barrier, BarrierKind, Finished
 from gradient_accumulator_tf.stages.engine import StagedGradients
 from tests.oracle import difference, mirrored
@@ -35,7 +35,7 @@ class L2Barrier(Barrier):
     def contribute(self, inputs):
         return tf.reduce_sum(tf.cast(inputs[0], tf.float64) ** 2, 0)
 
-    def finish(self, total):
+    def finish(self, total, gathered):
         norm = tf.sqrt(sum_over_replicas(total) + EPSILON)
         return Finished({"norm": tf.cast(norm, self._layer.compute_dtype)})
 
@@ -53,7 +53,58 @@ class L2Barrier(Barrier):
         self.ended += 1
 
 
-BARRIERS = {BatchL2: L2Barrier}
+def _attended(inputs, others):
+    """The mean over the others, weighted by how much an example is like them."""
+    return tf.nn.softmax(inputs @ tf.transpose(others)) @ others
+
+
+class BatchAttention(keras.layers.Layer):
+    """Attention of each example to all examples of the batch."""
+
+    def call(self, inputs):
+        return _attended(inputs, inputs)
+
+
+class AttentionBarrier(Barrier):
+    """The examples themselves are what all of them need; on all replicas."""
+
+    gathers = True
+
+    def __init__(self, layer):
+        self._layer = layer
+
+    def contribute(self, inputs):
+        return ()
+
+    def finish(self, total, gathered):
+        (rows,) = gathered
+        return Finished(_over_replicas(rows))
+
+    def apply(self, inputs, statistics):
+        return [_attended(inputs[0], statistics)]
+
+    def pull_back(self, finished, cotangents):
+        return tf.cast(_own_rows(sum_over_replicas(cotangents)), finished.statistics.dtype)
+
+    def send_back(self, inputs, message):
+        return [message]
+
+
+def _over_replicas(rows):
+    if number_of_replicas() == 1:
+        return rows
+    return tf.distribute.get_replica_context().all_gather(rows, axis=0)
+
+
+def _own_rows(rows):
+    """The rows of this replica, which the test gives 5 examples or 7."""
+    if number_of_replicas() == 1:
+        return rows
+    replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+    return rows[5 * replica : 5 + 7 * replica]
+
+
+BARRIERS = {BatchL2: L2Barrier, BatchAttention: AttentionBarrier}
 
 
 def _barrier_of(layer):
@@ -189,6 +240,6 @@ class Hiding(keras.layers.Layer):
 def test_errors_name_the_kind():
     model = keras.Sequential([keras.Input((FEATURES,)), Hiding()])
     with pytest.raises(
-        ValueError, match="test=True needs .*is hidden in a Hiding.*Pass test=False"
+        ValueError, match=r"test=True needs .*is hidden in a Hiding.*Pass test=False"
     ):
         _staged(model)

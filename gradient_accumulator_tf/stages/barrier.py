@@ -21,6 +21,10 @@ the message), and `send_back` for each micro-batch.
 | `send_back` | backward, per micro-batch | the derivative through mean and variance |
 | `end` | once, after the last gradient | moving statistics |
 
+A loss over the outputs of all examples is a barrier that gathers. It stands behind the model's
+outputs, `finish` computes the loss and the derivatives with respect to the outputs, no stage
+applies it, and the message is these derivatives.
+
 Each method runs on each replica. A barrier that spans replicas adds up over them in `finish` and
 in `pull_back`, which run outside of loops and conditionals.
 """
@@ -56,9 +60,14 @@ class Barrier(abc.ABC):
     Attributes:
         cheap_to_apply: Whether `apply` costs so little that a later stage runs it again rather than
             reading what was kept of its outputs.
+        gathers: Whether the examples themselves have to meet, where no sum over them is enough: a
+            loss that compares examples, attention over the batch. Then `finish` also gets the
+            inputs of all examples, which are kept for that, and the message has one row for each
+            example.
     """
 
     cheap_to_apply = False
+    gathers = False
 
     @abc.abstractmethod
     def contribute(self, inputs):
@@ -73,11 +82,13 @@ class Barrier(abc.ABC):
         """
 
     @abc.abstractmethod
-    def finish(self, total):
+    def finish(self, total, gathered):
         """The statistics of the effective batch.
 
         Args:
             total: The sum of what this replica's micro-batches contributed.
+            gathered: If the barrier gathers, list of its inputs for all examples of this replica's
+                effective batch, in their order; otherwise None.
 
         Returns:
             `Finished`.
@@ -107,7 +118,8 @@ class Barrier(abc.ABC):
                 respect to them, summed over this replica's micro-batches.
 
         Returns:
-            Nested structure of tensors, the message.
+            Nested structure of tensors, the message. If the barrier gathers, each has one row for
+            each example of this replica's effective batch.
         """
 
     @abc.abstractmethod
@@ -116,7 +128,8 @@ class Barrier(abc.ABC):
 
         Args:
             inputs: List of tensors.
-            message: What `pull_back` returned.
+            message: What `pull_back` returned; if the barrier gathers, the micro-batch's rows of
+                it.
 
         Returns:
             List with a tensor, of the input's shape and dtype, or None for each input.

@@ -49,8 +49,9 @@ class BatchNormBarrier(Barrier):
         moments = [tf.cast(m, tf.float64) for m in tf.nn.moments(values, others)]
         return sums_of_sample(elements_per_channel(values, axis), *moments, self._shift())
 
-    def finish(self, total):
+    def finish(self, total, gathered):
         """Mean and variance; not finite on a replica without examples."""
+        del gathered
         count, first, second = self._over_replicas(total)
         dtype = keras.backend.result_type(self._layer.compute_dtype, "float32")
         moments = pooled_moments(count, first, second, self._shift())

@@ -20,6 +20,7 @@ from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
 from gradient_accumulator_tf.stages.cuts import cut
 from gradient_accumulator_tf.stages.graph import flat_graph
+from gradient_accumulator_tf.stages.rows import gathered, spread
 from gradient_accumulator_tf.stages.run import StageRunner, assign_all, start_of
 
 
@@ -81,6 +82,8 @@ class StagedGradients:
 
     def _forward(self, stage, state):
         """Keeps what later stages read, and finishes the barriers that the next ones apply."""
+        keeps = dict.fromkeys(stage.keeps)
+        keeps |= dict.fromkeys(key for node in _gathering(stage) for key in node.inputs)
 
         def step(micro_batch, *reads):
             draws = start_of(stage.states)
@@ -90,13 +93,14 @@ class StagedGradients:
                 node.barrier.contribute([tensors[key] for key in node.inputs])
                 for node in stage.contributes
             ]
-            return _Pass(sums=contributions, kept=[*(tensors[k] for k in stage.keeps), *draws])
+            return _Pass(sums=contributions, kept=[*(tensors[key] for key in keeps), *draws])
 
         found = state.loop(step, state.kept_of(stage.reads), part=_part_for(stage))
-        state.kept.update(zip(stage.keeps, found.kept, strict=False))
-        state.draws[stage] = found.kept[len(stage.keeps) :]
+        kept = dict(zip(keeps, found.kept, strict=False))
+        state.draws[stage] = found.kept[len(keeps) :]
         for node, total in zip(stage.contributes, found.sums, strict=True):
-            state.finish(node, total)
+            state.finish(node, total, kept)
+        state.kept.update((key, kept[key]) for key in stage.keeps)
 
     def _totals(self, stage, state, denominators):
         """The sum of the loss's denominators, on an average replica."""
@@ -148,12 +152,13 @@ class StagedGradients:
         contributing = dict.fromkeys(key for node in stage.contributes for key in node.inputs)
         # Read from where they are kept, so that the operations that made them need not run again.
         known = [key for key in contributing if key in state.kept]
-        parts = (stage.reads, stage.states, kept, known, sources.pending)
         messages = {node: state.pull_back(node) for node in stage.contributes}
+        rows = [state.spread(t) for n in _gathering(stage) for t in tf.nest.flatten(messages[n])]
+        parts = (stage.reads, stage.states, kept, known, sources.pending, rows)
 
         def step(micro_batch, *tensors):
             tensors = iter(tensors)
-            reads, draws, cotangents, values, pending = [
+            reads, draws, cotangents, values, pending, own_rows = [
                 [next(tensors) for _ in part] for part in parts
             ]
             with tf.GradientTape(persistent=True) as tape:
@@ -161,7 +166,11 @@ class StagedGradients:
                 computed, _ = self._runner.run(stage, micro_batch, reads, state.statistics, draws)
             values = {**computed, **dict(zip(known, values, strict=True))}
             targets = dict(zip(kept, cotangents, strict=True))
+            own_rows = iter(own_rows)
             for node, message in messages.items():
+                if node.barrier.gathers:
+                    flat = [next(own_rows) for _ in tf.nest.flatten(message)]
+                    message = tf.nest.pack_sequence_as(message, flat)
                 inputs = [values[key] for key in node.inputs]
                 sent_back = node.barrier.send_back(inputs, message)
                 for key, cotangent in zip(node.inputs, sent_back, strict=True):
@@ -185,6 +194,7 @@ class StagedGradients:
                 *(state.cotangents.pop(key) for key in kept),
                 *state.kept_of(known),
                 *sources.pending,
+                *rows,
             ],
             variables,
             part=_part_for(stage),
@@ -235,14 +245,28 @@ class _State:
         """List of the values that are kept of tensors."""
         return [self.kept[key] for key in keys]
 
-    def finish(self, node, total):
-        """Finishes the barrier of a node, once all micro-batches have contributed."""
-        self.finished[node] = node.barrier.finish(total)
+    def finish(self, node, total, kept):
+        """Finishes the barrier of a node, once all micro-batches have contributed.
+
+        Args:
+            node: The node.
+            total: The sum of the contributions.
+            kept: Dict of `Kept` by tensor: its inputs, if the barrier gathers.
+        """
+        inputs = None
+        if node.barrier.gathers:
+            batch, size = self._parts["none"], self._micro_batch_size
+            inputs = [gathered(kept[key], batch, size) for key in node.inputs]
+        self.finished[node] = node.barrier.finish(total, inputs)
         self.statistics[node] = self.finished[node].statistics
 
     def pull_back(self, node):
         """The message of a node's barrier, once all later stages ran backward."""
         return node.barrier.pull_back(self.finished[node], self.by_statistics.pop(node))
+
+    def spread(self, rows):
+        """`Kept` of each micro-batch's rows of a tensor with one for each example."""
+        return spread(rows, self._parts["none"], self._micro_batch_size)
 
     def loop(self, step, kept, variables=(), part="all"):
         """Runs a step over all micro-batches.
@@ -335,6 +359,10 @@ class _Sources:
             state.by_statistics[node] = (
                 new if old is None else tf.nest.map_structure(tf.add, old, new)
             )
+
+
+def _gathering(stage):
+    return [node for node in stage.contributes if node.barrier.gathers]
 
 
 def _part_for(stage):
