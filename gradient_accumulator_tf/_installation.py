@@ -7,7 +7,8 @@ OLDEST_TENSORFLOW = (2, 16)
 OLDEST_KERAS = (3, 8)
 
 
-def _version_tuple(version):
+def version_tuple(version):
+    """Tuple of the ints (major, minor) of a version string."""
     return tuple(int(part) for part in version.split(".")[:2])
 
 
@@ -38,7 +39,7 @@ def check_installation():
         ("tensorflow", tf.__version__, OLDEST_TENSORFLOW),
         ("keras", keras.__version__, OLDEST_KERAS),
     ):
-        if _version_tuple(version) < oldest:
+        if version_tuple(version) < oldest:
             raise ImportError(
                 f"gradient_accumulator_tf needs {name} {'.'.join(map(str, oldest))} or newer. "
                 f"Received: {name} {version}. {remedy}"

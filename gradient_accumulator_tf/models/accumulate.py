@@ -17,7 +17,7 @@ from gradient_accumulator_tf._checks import (
     refuse_arguments,
     similar_name,
 )
-from gradient_accumulator_tf._keras.model_hooks import held_by
+from gradient_accumulator_tf._keras.patches import held_by
 from gradient_accumulator_tf.batch_norm.cycle_end import model_ends_cycle
 from gradient_accumulator_tf.batch_norm.layer import AccumBatchNorm
 from gradient_accumulator_tf.cycle.batches import (
@@ -69,6 +69,7 @@ from gradient_accumulator_tf.replicated.replicas import (
     check_made_under,
     check_strategy,
     number_of_replicas,
+    prepare_fit,
     sum_over_replicas,
 )
 from gradient_accumulator_tf.replicated.variables import outside_of_tracing
@@ -289,6 +290,7 @@ class GradientAccumulateModel(ModelWrapper):
             )
         shared_inputs = check_shared_inputs(shared_inputs)
         check_strategy()
+        prepare_fit()
         super().__init__(model_or_inputs, outputs, inputs=inputs, model=model, **kwargs)
         self._accum_steps = accum_steps
         self._micro_batch_size = micro_batch_size

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import check_choice, check_steps
-from gradient_accumulator_tf._keras.model_hooks import hook_into_models
+from gradient_accumulator_tf._keras.patches import hook_into_models
 from gradient_accumulator_tf.cycle.accumulator import GradientAccumulator
 from gradient_accumulator_tf.cycle.gradients import (
     Contribution,
@@ -40,6 +40,7 @@ from gradient_accumulator_tf.replicated.replicas import (
     check_made_under,
     check_strategy,
     number_of_replicas,
+    prepare_fit,
 )
 from gradient_accumulator_tf.replicated.variables import counter, outside_of_tracing
 
@@ -146,6 +147,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         policy = policy_of(non_finite)
         optimizer = _checked_inner_optimizer(optimizer)
         check_strategy()
+        prepare_fit()
         example = "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8)"
         super().__init__(optimizer, name, kwargs, example)
         self._accum_steps = self._first_accum_steps = accum_steps
