@@ -78,7 +78,7 @@ def route_loss_scaling(accumulating):
     @functools.wraps(apply)
     def routed_apply(self, grads, trainable_variables=None):
         inner = self.inner_optimizer
-        if not isinstance(inner, accumulating) or inner.is_updating:
+        if not isinstance(inner, accumulating):
             apply(self, grads, trainable_variables)
             return
         if not self.built:
@@ -115,6 +115,22 @@ def route_loss_scaling(accumulating):
     cls.accum_steps = property(get_accum_steps, set_accum_steps)
     for name in _OF_A_CYCLE:
         setattr(cls, name, passed_on(name))
+
+
+def scaler_around(scaler, optimizer):
+    """A `LossScaleOptimizer` with the variables of `scaler`, around another inner optimizer.
+
+    An accumulating optimizer is the inner one of `scaler`. At its update the scaler is to act on
+    the optimizer in that one. The object is as short-lived as the update that it traces.
+
+    Args:
+        scaler: A built `LossScaleOptimizer`.
+        optimizer: The inner optimizer of the result.
+    """
+    around = object.__new__(type(scaler))
+    vars(around).update(vars(scaler))
+    vars(around)["inner_optimizer"] = optimizer
+    return around
 
 
 def mend_fit_on_several_workers():
