@@ -4,16 +4,15 @@ A layer outside of a `GradientAccumulateModel` counts its training calls and end
 Within the model's training step the model does it, because only the model knows a partial cycle.
 The same layer can be used in both ways, also by turns, so the step has to tell it in each call.
 
-The model cannot pass an argument: Keras calls the layers, through `call` methods that are the
-user's. So a value holds for the `with` block around the forward pass, on the thread of this
-replica. It takes effect where `AccumBatchNorm.call` reads it, and nowhere else. Keras 3.15 can pass
-arguments through all layers (`Layer._register_call_context_args`), Keras 3.8 cannot. Such an
-argument can take the place of this module once every supported version has it.
+The model cannot pass an argument, so the value holds for the `with` block around the forward pass.
+`replicated/scoped.py` says why, and when it can go. The value takes effect where
+`AccumBatchNorm.call` reads it, and nowhere else.
 """
 
 import contextlib
-import threading
 from typing import NamedTuple
+
+from gradient_accumulator_tf.replicated.scoped import ScopedValue
 
 
 class CycleEnd(NamedTuple):
@@ -28,11 +27,7 @@ class CycleEnd(NamedTuple):
     finite_only: bool = False
 
 
-class _Current(threading.local):
-    value = CycleEnd()
-
-
-_current = _Current()
+_current = ScopedValue(CycleEnd())
 
 
 def current_cycle_end():
@@ -49,9 +44,5 @@ def model_ends_cycle(finite_only=False):
     Args:
         finite_only: Whether the layers leave out statistics that are not finite.
     """
-    previous = _current.value
-    _current.value = CycleEnd(by_model=True, finite_only=finite_only)
-    try:
+    with _current.set_to(CycleEnd(by_model=True, finite_only=finite_only)):
         yield
-    finally:
-        _current.value = previous
