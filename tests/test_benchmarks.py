@@ -94,6 +94,19 @@ def test_says_what_was_measured_on(monkeypatch):
     assert _common.machine().endswith(" CPU cores, 2 GPU (Model X), 1 GPU (Model Y)")
 
 
+def test_every_rival_comes_first_once():
+    orders = [_common.in_turn("abc", repeat) for repeat in range(4)]
+    assert ["".join(order) for order in orders] == ["abc", "bca", "cab", "abc"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_nan_is_the_largest_difference(place):
+    others = [np.zeros(2), np.zeros((2, 1)), np.zeros((0, 3))]
+    assert _common.largest_difference([np.ones(2), np.full((2, 1), -3.0), others[2]], others) == 3
+    others[place][0] = np.nan
+    assert np.isnan(_common.largest_difference([np.ones(2), np.ones((2, 1)), others[2]], others))
+
+
 def test_warns_of_rivals_that_train_something_else(tiny_cases, monkeypatch, capsys):
     monkeypatch.setattr(overhead, "TOLERANCE", -1.0)
     overhead.main("--cases dense --jit off --accum-steps 2 --repeats 1".split())

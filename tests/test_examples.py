@@ -1,6 +1,9 @@
 """The examples run, and come out as they say."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -9,6 +12,7 @@ from matplotlib.figure import Figure
 
 from examples import digits
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["--epochs", "2", "--examples", "150", "--batch-size", "64", "--micro-batch-size", "16"]
 
 
@@ -98,3 +102,31 @@ def test_digits_refuses_arguments(arguments, message, capsys):
         digits.main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_digits_refuses_to_plot_without_matplotlib(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import then fails
+    with pytest.raises(SystemExit):
+        digits.main(["--plot", str(tmp_path / "digits.png")])
+    assert "--plot needs matplotlib. Install it, or leave out --plot." in capsys.readouterr().err
+
+
+def test_rules_of_a_table():
+    rows = [("way", "loss"), ("a", "1.5"), ("b", "12.5")]
+    assert digits.aligned(rows, rules=(1, 2)).splitlines() == [
+        "way  loss",
+        "---  ----",
+        "a     1.5",
+        "---  ----",
+        "b    12.5",
+    ]
+
+
+@pytest.mark.parametrize("script", sorted(p for p in EXAMPLES.glob("*.py") if p.stem[0] != "_"))
+def test_every_example_is_a_script(script, tmp_path):
+    """It finds what it shares from any folder, and says how it is called."""
+    assert f"    python examples/{script.name}" in script.read_text()
+    command = [sys.executable, script, "--help"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "--epochs" in run.stdout
