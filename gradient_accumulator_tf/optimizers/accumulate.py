@@ -423,14 +423,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         ]
         contributions, dropped = self._policy.screen(aligned)
         self._accumulator.take(
-            contributions, dropped, lambda: self._length.next(self.iterations), self._cycle_end
+            contributions, dropped, lambda: self._length.next(self.iterations), self._cycle_end()
         )
 
     @tf.autograph.experimental.do_not_convert
     def flush(self):
         """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
         with self._in_strategy():
-            self._accumulator.flush(self._cycle_end)
+            self._accumulator.flush(self._cycle_end())
 
     @tf.autograph.experimental.do_not_convert
     def reset(self):
@@ -592,7 +592,6 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             return contextlib.nullcontext()
         return self._strategy.scope()
 
-    @property
     def _cycle_end(self):
         return CycleEnd(of_sums=self._end_cycle, at_once=self._apply_to_inner)
 
@@ -611,7 +610,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 everywhere = micro_steps * number_of_replicas()
                 return *accumulator.finish(indices, certain), everywhere
 
-            self._drops.update_across(run, result, self._apply_to_inner, self._scaler)
+            self._drops.update_across(run, result, self._apply_to_inner, self._scaler())
             run(start_anew)
 
         accumulator.if_received(self._trained.movable, received, update)
@@ -621,7 +620,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
         By way of the loss scaler, if there is one.
         """
-        scaler = self._scaler
+        scaler = self._scaler()
         optimizer = self.inner_optimizer
         if scaler is not None:
             optimizer = _keras.scaler_around(scaler, optimizer)
@@ -637,9 +636,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             with _keras.replicas_agree(self.inner_optimizer), one_by_one(optimizer):
                 optimizer.apply(*map(list, zip(*trained, strict=True)))
 
-    @property
     def _scaler(self):
-        """The `LossScaleOptimizer` around this optimizer, or None."""
+        """The `LossScaleOptimizer` around this optimizer, or None; Keras saves properties."""
         return None if self._loss_scaler is None else self._loss_scaler()
 
     def _load_state(self, state):
