@@ -19,7 +19,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-clients lint docs test-oldest test-uncapped benchmarks clean
+.PHONY: help demo test fuzz test-clients lint docs picture test-oldest test-uncapped benchmarks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -65,6 +65,9 @@ lint: $(STAMP)  ## check style and formatting
 # -E reads all pages anew, as the API reference depends on the package and not on pages only.
 docs: $(STAMP)  ## build the documentation into docs/_build
 	$(RUN) -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
+
+picture: $(STAMP)  ## draw the package's folders and imports for docs/design.md
+	$(RUN) docs/make_layout_picture.py
 
 test-oldest: $(STAMP)  ## run the suite on the oldest supported TensorFlow and Keras
 	$(RUN) -m nox --session tests_oldest -- $(PYTEST_ARGS)

@@ -9,23 +9,16 @@ turn in one process, and `memory` finds each way's peak in a process of its own:
 TensorFlow's statistics, else from what the process held, as in benchmarks/memory.py.
 """
 
-import argparse
 import functools
 import gc
-import json
-import os
-import sys
 import time
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from benchmarks import memory, overhead
-from examples.digits import in_own_process, largest_difference
+from benchmarks import _common, _meters
 from gradient_accumulator_tf import GradientAccumulateModel, swap_batch_norm
 
 LARGE = "large batch"
@@ -159,7 +152,9 @@ def accuracies(way, seed, options):
 
 def measure_accuracy(options):
     return {
-        way: [in_own_process(accuracies, way, seed, options) for seed in range(options.seeds)]
+        way: [
+            _common.in_own_process(accuracies, way, seed, options) for seed in range(options.seeds)
+        ]
         for way in options.ways
     }
 
@@ -199,14 +194,17 @@ def distances(name, optimizer, options):
             model.train_on_batch(x[i], y[i])
             if update in weights:
                 weights[update].append(model.get_weights())
-    movement = largest_difference(start, [v.numpy() for v in model.trainable_variables])
-    far = {n: [largest_difference(runs[0], run) for run in runs[1:]] for n, runs in weights.items()}
+    movement = _common.largest_difference(start, [v.numpy() for v in model.trainable_variables])
+    far = {
+        n: [_common.largest_difference(runs[0], run) for run in runs[1:]]
+        for n, runs in weights.items()
+    }
     return far, movement
 
 
 def measure_equality(options):
     return {
-        f"{name}, {optimizer}": in_own_process(distances, name, optimizer, options)
+        f"{name}, {optimizer}": _common.in_own_process(distances, name, optimizer, options)
         for name in options.nets
         for optimizer in ("SGD", "Adam")
     }
@@ -227,21 +225,21 @@ def equality_table(measured):
 
 def measure_time(options):
     """Seconds of each timed step, by net and way; and seconds of the first step."""
-    return {name: in_own_process(times, name, options) for name in options.nets}
+    return {name: _common.in_own_process(times, name, options) for name in options.nets}
 
 
 def times(name, options):
     x, y = map(tf.constant, random_images(options.batch_size, options.size))
-    rivals, first = {}, {}
+    epochs, first = {}, {}
     for way in options.ways:
         net = made(NETS[name], size=options.size)
         model = compile_for(
             prepared(way, net, options.micro_batch_size), keras.optimizers.SGD(1e-3)
         )
-        dataset = overhead.batches_of(
+        dataset = _common.batches_of(
             options.batch_size, tf.concat([x] * options.steps, 0), tf.concat([y] * options.steps, 0)
         )
-        rivals[way] = overhead.Rival(model, functools.partial(model.fit, dataset, verbose=0))
+        epochs[way] = functools.partial(model.fit, dataset, verbose=0)
         train_step, tracing = model.train_step, []
 
         def traced(data, train_step=train_step, tracing=tracing):
@@ -254,16 +252,15 @@ def times(name, options):
         begin = time.perf_counter()
         model.fit(dataset.take(1), verbose=0)
         first[way] = sum(tracing), time.perf_counter() - begin
-        rivals[way].train_epoch()
-    return overhead.time_in_turn(rivals, options.repeats), first
+        epochs[way]()
+    return _common.time_in_turn(epochs, options.repeats), first
 
 
 def time_table(measured):
     rows = [["step time over that of Keras's batch norm", *measured]]
     ways = list(next(iter(measured.values()))[0])
     for way in ways:
-        cells = [overhead.ratio(s[way], s[MICRO]) for s, _ in measured.values()]
-        rows.append([way, *(f"{mid:.2f} ({low:.2f}-{high:.2f})" for mid, low, high in cells)])
+        rows.append([way, *(_common.ratio_cell(s[way], s[MICRO]) for s, _ in measured.values())])
     for way in (LARGE, EXACT):
         found = [first[way] for _, first in measured.values() if way in first]
         for what, i in (("trace the step", 0), ("trace and run the first step", 1)):
@@ -276,7 +273,7 @@ def peak(name, way, batch_size, options):
     x, y = map(tf.constant, random_images(batch_size, options.size))
     net = made(NETS[name], size=options.size)
     model = compile_for(prepared(way, net, options.micro_batch_size), keras.optimizers.SGD(1e-3))
-    meter = memory.find_meter()
+    meter = _meters.find_meter()
     begin = meter.now()
     model.train_on_batch(x, y)  # traces and compiles
     gc.collect()
@@ -287,11 +284,12 @@ def peak(name, way, batch_size, options):
 
 
 def measure_memory(options):
-    with memory.environment(memory.GIVES_BACK):
+    with _common.environment(_meters.GIVES_BACK):
         return {
             name: {
                 way: [
-                    in_own_process(peak, name, way, n, options) for n in options.memory_batch_sizes
+                    _common.in_own_process(peak, name, way, n, options)
+                    for n in options.memory_batch_sizes
                 ]
                 for way in options.ways
             }
@@ -324,41 +322,34 @@ def memory_table(measured, options):
 
 def plot_accuracy(measured, path):
     """Mean accuracy over epochs, with the range over the seeds."""
-    from matplotlib.figure import Figure  # not needed for the tables
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    panel = figure.subplots()
     styles = ("-", "--", "-.", ":", (0, (1, 3)))
-    for (way, runs), style in zip(measured.items(), styles, strict=False):
-        runs = 100 * np.array(runs)
-        epochs = np.arange(1, runs.shape[1] + 1)
-        (line,) = panel.plot(epochs, runs.mean(0), linestyle=style, label=way)
-        panel.fill_between(epochs, runs.min(0), runs.max(0), alpha=0.15, color=line.get_color())
-    panel.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    panel.legend()
-    figure.savefig(path)
+    with _common.picture(path, (7, 4.5)) as (_, panels):
+        panel = panels[0][0]
+        for (way, runs), style in zip(measured.items(), styles, strict=False):
+            runs = 100 * np.array(runs)
+            epochs = np.arange(1, runs.shape[1] + 1)
+            (line,) = panel.plot(epochs, runs.mean(0), linestyle=style, label=way)
+            panel.fill_between(epochs, runs.min(0), runs.max(0), alpha=0.15, color=line.get_color())
+        panel.set(xlabel="epoch", ylabel="validation accuracy (%)")
+        panel.legend()
 
 
 def plot_memory(measured, options, path):
     """Peak memory against the effective batch, a panel for each net."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(measured), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(measured), squeeze=False)[0]
-    for panel, (name, ways) in zip(panels, measured.items(), strict=True):
-        for way, marker in zip(ways, "os^vx", strict=False):
-            peaks = [bytes_ / 1e6 for bytes_, _ in ways[way]]
-            panel.plot(options.memory_batch_sizes, peaks, marker=marker, label=way)
-        panel.set(title=name, xlabel="effective batch", ylim=(0, None))
-    panels[0].set_ylabel("peak memory of a step (MB)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.savefig(path)
+    size = (3.2 * len(measured), 3.6)
+    with _common.picture(path, size, columns=len(measured)) as (figure, panels):
+        for panel, (name, ways) in zip(panels[0], measured.items(), strict=True):
+            for way, marker in zip(ways, "os^vx", strict=False):
+                peaks = [bytes_ / 1e6 for bytes_, _ in ways[way]]
+                panel.plot(options.memory_batch_sizes, peaks, marker=marker, label=way)
+            panel.set(title=name, xlabel="effective batch", ylim=(0, None))
+        panels[0][0].set_ylabel("peak memory of a step (MB)")
+        _common.legend_below(figure, 3)
 
 
 def setting(options):
     return (
-        f"{overhead.machine()}. Accuracy: effective batch {options.batch_size}, micro-batch "
+        f"{_common.machine()}. Accuracy: effective batch {options.batch_size}, micro-batch "
         f"{options.accuracy_micro_batch_size}, {options.seeds} seeds. Time and memory: images of "
         f"{options.size} x {options.size}, micro-batch {options.micro_batch_size}; time at "
         f"effective batch {options.batch_size}, ratio of the medians of {options.repeats} epochs "
@@ -369,7 +360,7 @@ def setting(options):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _common.make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -384,12 +375,11 @@ def parse(argv):
     parser.add_argument("--memory-batch-sizes", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--steps", type=int, default=2, help="updates in a timed epoch")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", help="file to write what was measured to")
-    parser.add_argument("--plot", help="file for the picture of accuracies")
-    parser.add_argument("--memory-plot", help="file for the picture of peak memory")
+    _common.add_outputs(parser, "what was measured", "the accuracies")
+    parser.add_argument("--memory-plot", metavar="FILE", help="draw the peak memory")
     options = parser.parse_args(argv)
     if "memory" in options.parts:
-        memory.check_meter(parser)
+        _meters.check_meter(parser)
     return options
 
 
@@ -411,10 +401,8 @@ def main(argv=None):
     results = {}
     for part in options.parts:
         results[part] = measure[part](options)
-        print(f"\n{overhead.markdown(tables[part](results[part]))}", flush=True)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"setting": setting(options), **results}, file, indent=1)
+        print(f"\n{_common.markdown(tables[part](results[part]))}", flush=True)
+    _common.write_json(options.json, setting=setting(options), **results)
     if options.plot and "accuracy" in results:
         plot_accuracy(results["accuracy"], options.plot)
     if options.memory_plot and "memory" in results:
@@ -424,4 +412,3 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    sys.exit(0)

@@ -7,24 +7,15 @@ net, the same effective batches, each combination in a process of its own. Memor
 TensorFlow's allocator held at the most (on the first GPU, or on the CPU where that has a counter).
 """
 
-import argparse
 import itertools
-import json
-import os
 import statistics
-import sys
 import time
-from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks import memory
-from benchmarks.overhead import machine, markdown
-from examples.digits import in_own_process, largest_difference
+from benchmarks import _common, _meters
 from gradient_accumulator_tf import GradientAccumulateModel, GradientCheckpoint
 
 SIDE, CLASSES = 64, 10
@@ -62,7 +53,7 @@ def measure(combination, options):
     """Dict of the peak in bytes, the seconds of each update and the weights after the first."""
     if "mixed precision" in combination:
         keras.config.set_dtype_policy("mixed_bfloat16")
-    meter = memory.device_meter(device())
+    meter = _meters.device_meter(device())
     rng, batch_size = np.random.default_rng(0), options["batch_size"]
     x = rng.normal(size=(batch_size, SIDE, SIDE, 3)).astype("float32")
     y = rng.integers(CLASSES, size=batch_size)
@@ -85,7 +76,7 @@ def measure(combination, options):
         "combination": combination,
         "peak": meter.peak() - before,
         "seconds": seconds,
-        "movement": largest_difference(weights, first),
+        "movement": _common.largest_difference(weights, first),
         "weights": weights,
     }
 
@@ -105,46 +96,40 @@ def table(results):
                 f"{result['difference'] / results[0]['movement']:.1e}",
             ]
         )
-    return markdown(rows)
+    return _common.markdown(rows)
 
 
 def plot(results, path):
     """Bars of memory and of time, a row for each combination."""
-    from matplotlib.figure import Figure  # not needed for the table
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
     names = [name_of(result) for result in results]
     colors = ["#0b6e99" if "accumulation" in r["combination"] else "#b8c4d0" for r in results]
     values = (
         ("Peak memory, MB", [r["peak"] / 1e6 for r in results], "%.0f"),
         ("Seconds per update", [statistics.median(r["seconds"]) for r in results], "%.2f"),
     )
-    for panel, (title, lengths, form) in zip(panels, values, strict=True):
-        panel.bar_label(panel.barh(names, lengths, color=colors), fmt=form, padding=3)
-        panel.set_title(title)
-        panel.margins(x=0.15)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    figure.savefig(path, dpi=120)
+    with _common.picture(path, (10, 4.2), columns=2, sharey=True) as (_, panels):
+        for panel, (title, lengths, form) in zip(panels[0], values, strict=True):
+            panel.bar_label(panel.barh(names, lengths, color=colors), fmt=form, padding=3)
+            panel.set_title(title)
+            panel.margins(x=0.15)
+        panels[0][0].invert_yaxis()
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = _common.make_parser(__doc__)
     parser.add_argument("--batch-size", type=int, default=64, help="the effective batch")
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=12, help="residual blocks of the net")
     parser.add_argument("--filters", type=int, default=16, help="of each convolution")
     parser.add_argument("--repeats", type=int, default=5, help="timed updates")
     parser.add_argument("--jit", action="store_true", help="compile with XLA")
-    parser.add_argument("--json", metavar="FILE", help="write what was measured")
-    parser.add_argument("--plot", metavar="FILE", help="draw the table; needs matplotlib")
+    _common.add_outputs(parser, "what was measured", "the table")
     options = parser.parse_args(argv)
     sizes = (options.batch_size, options.micro_batch_size, options.blocks, options.repeats)
     if min(*sizes, options.filters) < 1:
         parser.error("sizes and repeats must be at least 1")
     try:
-        memory.device_meter(device()).now()
+        _meters.device_meter(device()).now()
     except ValueError:
         parser.error("TensorFlow counts memory on a GPU, or on a CPU with oneDNN; here is neither")
     return options
@@ -153,23 +138,19 @@ def parse(argv):
 def main(argv=None):
     """Measures, prints, and returns a list with a dict for each combination."""
     options = parse(argv)
-    print(machine(), flush=True)
+    print(_common.machine(), flush=True)
     results = []
     for combination in COMBINATIONS:
-        print(f"measuring {' + '.join(combination) or 'none'}", file=sys.stderr, flush=True)
-        results.append(in_own_process(measure, combination, vars(options)))
+        _common.progress(" + ".join(combination) or "none")
+        results.append(_common.in_own_process(measure, combination, vars(options)))
     for result in results:
-        result["difference"] = largest_difference(result["weights"], results[0]["weights"])
+        result["difference"] = _common.largest_difference(result["weights"], results[0]["weights"])
     for result in results:
         del result["weights"]
     print(f"\n{table(results)}\n\nWeight difference: after one update, by what that moved.")
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps(
-                {"setting": machine(), "options": vars(options), "results": results},
-                indent=1,
-            )
-        )
+    _common.write_json(
+        options.json, setting=_common.machine(), options=vars(options), results=results
+    )
     if options.plot:
         plot(results, options.plot)
     return results

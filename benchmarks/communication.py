@@ -24,13 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks import overhead
+from benchmarks import _common
+from benchmarks._rivals import ACROSS_STEPS, LARGE, OPTIMIZER, OURS, WITHIN_STEP
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer, _keras
 
 CLASSES = 10
@@ -40,12 +39,7 @@ TIMEOUT = 1800  # seconds; a worker whose peer is stuck waits for ever
 TARGET = 1.05  # times the large batch's bytes
 INTERFACES = Path("/proc/net/dev")
 
-LARGE = "plain fit, large batch"
 EVERY_STEP = "reduction at every micro-batch"
-OPTIMIZER = "GradientAccumulateOptimizer"
-ACROSS_STEPS = "GradientAccumulateModel(accum_steps)"
-WITHIN_STEP = "GradientAccumulateModel(micro_batch_size)"
-OURS = (OPTIMIZER, ACROSS_STEPS, WITHIN_STEP)
 IDLE = "idle for as long"
 
 
@@ -184,7 +178,7 @@ def measure(options, accum_steps):
         seconds = max(seconds, time.perf_counter() - start)
         weights = [keras.ops.convert_to_numpy(v) for v in way.model.trainable_variables]
         expected = weights if name == LARGE else expected
-        difference = max(np.max(np.abs(a - b)) for a, b in zip(weights, expected, strict=True))
+        difference = _common.largest_difference(weights, expected)
         if not difference <= TOLERANCE:  # so that NaN raises as well
             raise RuntimeError(f"{name}: weights are off the large batch's by {difference:.1e}")
     counts[IDLE] = bytes_during(lambda: time.sleep(seconds / options.repeats), options.repeats)
@@ -299,7 +293,7 @@ def setting(options):
     """One line that says what was measured on what."""
     parameters = make_model(options.units).count_params()
     return (
-        f"{overhead.machine()}; {options.workers} workers on this machine; {parameters:,} "
+        f"{_common.machine()}; {options.workers} workers on this machine; {parameters:,} "
         f"parameters ({4 * parameters / 1e6:.2f} MB of gradients), micro-batches of "
         f"{options.micro_batch_size} per worker. MB over the loopback interface per update, all "
         f"workers together: the smallest of {options.repeats} means over {options.updates} "
@@ -309,11 +303,11 @@ def setting(options):
 
 def table(results):
     """Markdown table of bytes: a row for each way, a column for each number of micro-batches."""
-    rows = [["", *results], ["---"] * (1 + len(results))]
+    rows = [["", *results]]
     for name in next(iter(results.values())):
         cells = [(per_update(m[name]) / 1e6, ratio(m, name)) for m in results.values()]
         rows.append([name, *(f"{size:.3f} ({times:.3f})" for size, times in cells)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _common.markdown(rows)
 
 
 def rule(results, name):
@@ -327,33 +321,28 @@ def rule(results, name):
 
 def plot(results, path):
     """Lines of the bytes over the number of micro-batches."""
-    from matplotlib.figure import Figure  # not needed for the table
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    panel = figure.subplots()
     steps = [int(name.split()[-1]) for name in results]
     # Most lie on each other, so a wide one goes below thinner ones.
     styles = ({"linewidth": 7, "alpha": 0.4}, {"color": "black"}, {}, {"ls": "--"}, {"ls": ":"})
-    for name, style in zip((LARGE, EVERY_STEP, *OURS), styles, strict=True):
-        megabytes = [per_update(measured[name]) / 1e6 for measured in results.values()]
-        panel.plot(steps, megabytes, marker="o", label=name, **style)
-    panel.set(xlabel="accum_steps", ylabel="MB per update", ylim=(0, None))
-    panel.set_xticks(steps)
-    panel.legend(frameon=False)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with _common.picture(path, (7, 4.5)) as (_, panels):
+        panel = panels[0][0]
+        for name, style in zip((LARGE, EVERY_STEP, *OURS), styles, strict=True):
+            megabytes = [per_update(measured[name]) / 1e6 for measured in results.values()]
+            panel.plot(steps, megabytes, marker="o", label=name, **style)
+        panel.set(xlabel="accum_steps", ylabel="MB per update", ylim=(0, None))
+        panel.set_xticks(steps)
+        panel.legend(frameon=False)
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = _common.make_parser(__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--accum-steps", type=int, nargs="+", default=[1, 4, 16], metavar="N")
     parser.add_argument("--units", type=int, default=768, help="width of the two hidden layers")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="examples, per worker")
     parser.add_argument("--updates", type=int, default=10, help="updates in an epoch")
     parser.add_argument("--repeats", type=int, default=3, help="measured epochs of each way")
-    parser.add_argument("--json", metavar="FILE", help="write the bytes of every epoch")
-    parser.add_argument("--plot", metavar="FILE", help="draw the table; needs matplotlib")
+    _common.add_outputs(parser, "the bytes of every epoch", "the table")
     # What the launcher tells a worker: where to write.
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -374,13 +363,11 @@ def main(argv=None):
     print(setting(options), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         measured = Path(folder, "measured.json")
-        command = [sys.executable, __file__, *argv, "--worker", str(measured)]
-        run_workers(command, options.workers)
+        worker = [sys.executable, "-m", "benchmarks.communication", *argv]
+        run_workers([*worker, "--worker", str(measured)], options.workers)
         results = json.loads(measured.read_text())
     print(f"\n{table(results)}\n", *(rule(results, name) for name in OURS), sep="\n")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"setting": setting(options), "bytes": results}, file, indent=1)
+    _common.write_json(options.json, setting=setting(options), bytes=results)
     if options.plot:
         plot(results, options.plot)
     return results

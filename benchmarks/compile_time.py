@@ -9,24 +9,17 @@ with the concrete function. From it start TensorFlow's optimisation of the graph
 first call takes more than the second, and with XLA the compiling.
 """
 
-import argparse
-import json
-import os
 import statistics
 import sys
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import numpy as np
 import tensorflow as tf
 
-from benchmarks import overhead
-from benchmarks.overhead import ACROSS_STEPS, LARGE, OPTIMIZER, PLAIN, WITHIN_STEP
-from examples.digits import in_own_process
+from benchmarks import _common, _rivals
+from benchmarks._rivals import LARGE, OURS, PLAIN, WITHIN_STEP
 
-RIVALS = (PLAIN, LARGE, OPTIMIZER, ACROSS_STEPS, WITHIN_STEP)
-OURS = (OPTIMIZER, ACROSS_STEPS, WITHIN_STEP)
+RIVALS = (PLAIN, LARGE, *OURS)
 KINDS = (
     "tracing",
     "tracing and graph optimisation",
@@ -34,7 +27,7 @@ KINDS = (
     "tracing and XLA compilation",
 )
 CASES = ("dense-1M-Adam", "convolutional-Adam", "transformer-Adam")
-TINY = overhead.dense_case(overhead.ADAM, 0, 4, 4)
+TINY = _rivals.dense_case(_rivals.ADAM, 0, 4, 4)
 WITHIN = 1.3  # times plain fit
 GROWTH = 1.1  # from the fewest micro-batches to the most; a loop unrolled would grow with them
 
@@ -49,9 +42,9 @@ def traced(case, rival, micro_batch_size, accum_steps, jit):
     """
     rng = np.random.default_rng(0)
     x = case.inputs(rng, accum_steps * micro_batch_size)
-    y = rng.integers(overhead.CLASSES, size=len(x))
-    micro, large = (overhead.batches_of(size, x, y) for size in (micro_batch_size, len(x)))
-    makers = overhead.rival_makers(case, micro, large, micro_batch_size, accum_steps, jit)
+    y = rng.integers(_rivals.CLASSES, size=len(x))
+    micro, large = (_common.batches_of(size, x, y) for size in (micro_batch_size, len(x)))
+    makers = _rivals.rival_makers(case, micro, large, micro_batch_size, accum_steps, jit)
     model, batches = makers[rival]().model, large if rival in (LARGE, WITHIN_STEP) else micro
     start = time.perf_counter()
     model.make_train_function()
@@ -80,7 +73,7 @@ def compilation(step, batch):
 
 def measure(case, *args):
     """Seconds of the `KINDS`, by name; arguments as for `traced`, without `jit`."""
-    for net in (TINY, overhead.CASES[case]):
+    for net in (TINY, _rivals.CASES[case]):
         step, batch, tracing = traced(net, *args, jit=False)
         optimising = optimisation(step, batch)
         step, batch, tracing_for_xla = traced(net, *args, jit=True)
@@ -95,11 +88,10 @@ def measure_case(name, options):
         kind: {r: {str(n): [] for n in options.accum_steps} for r in RIVALS} for kind in KINDS
     }
     for repeat in range(options.repeats):
-        print(f"measuring {name}, {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
+        _common.progress(f"{name}, {repeat + 1} of {options.repeats}")
         for accum_steps in options.accum_steps:
-            first = repeat % len(RIVALS)  # another one each time
-            for rival in RIVALS[first:] + RIVALS[:first]:
-                measured = in_own_process(
+            for rival in _common.in_turn(RIVALS, repeat):
+                measured = _common.in_own_process(
                     measure, name, rival, options.micro_batch_size, accum_steps
                 )
                 for kind, value in measured.items():
@@ -113,7 +105,7 @@ def measure_case(name, options):
 def setting(options):
     """One line that says what was measured on what."""
     return (
-        f"{overhead.machine()}; micro-batches of {options.micro_batch_size}. Seconds over those of "
+        f"{_common.machine()}; micro-batches of {options.micro_batch_size}. Seconds over those of "
         f"plain fit at the micro-batch: ratio of the medians of {options.repeats} processes, in "
         "brackets the quartiles."
     )
@@ -124,12 +116,11 @@ def table(measured):
     plain = measured[PLAIN]
     rows = [["", *(f"accum_steps {n}" for n in plain)]]
     for rival, columns in measured.items():
-        cells = [overhead.ratio(columns[n], plain[n]) for n in columns]
-        rows.append([rival, *(f"{mid:.2f} ({low:.2f}-{high:.2f})" for mid, low, high in cells)])
+        rows.append([rival, *(_common.ratio_cell(columns[n], plain[n]) for n in columns)])
     rows.append(
         [f"seconds of {PLAIN}", *(f"{statistics.median(column):.2f}" for column in plain.values())]
     )
-    return overhead.markdown(rows)
+    return _common.markdown(rows)
 
 
 def rules(measured):
@@ -137,7 +128,7 @@ def rules(measured):
     lines = []
     for rival in OURS:
         columns = measured[rival]
-        ratios = [overhead.ratio(columns[n], measured[PLAIN][n])[0] for n in columns]
+        ratios = [_common.ratio(columns[n], measured[PLAIN][n])[0] for n in columns]
         medians = [statistics.median(column) for column in columns.values()]
         steps, growth = list(columns), medians[-1] / medians[0]
         lines.append(
@@ -152,48 +143,47 @@ def answer(value, most):
 
 
 def plot(results, path):
-    """The ratios on a line for each rival, darker for more micro-batches, a panel per table."""
-    from matplotlib.figure import Figure  # not needed for the tables
+    """The ratios on a line for each rival, a panel per table."""
+    size, shape = (1.5 + 2.6 * len(results), 1.8 * len(KINDS)), (len(KINDS), len(results))
+    with _common.picture(path, size, *shape, sharex=True, sharey=True) as (figure, panels):
+        for column, (case, kinds) in zip(panels.T, results.items(), strict=True):
+            for panel, (kind, measured) in zip(column, kinds.items(), strict=True):
+                draw(panel, measured)
+                panel.set_title(f"{kind},\n{case}", fontsize="small")
+        panels[0][0].invert_yaxis()
+        panels[0][0].set_xlim(0, None)
+        for panel in panels[-1]:
+            panel.set_xlabel("seconds over plain fit's")
+        _common.legend_below(figure, 3)
 
-    figure = Figure(figsize=(1.5 + 2.6 * len(results), 1.8 * len(KINDS)), layout="constrained")
-    panels = figure.subplots(len(KINDS), len(results), squeeze=False, sharex=True, sharey=True)
-    for column, (case, kinds) in zip(panels.T, results.items(), strict=True):
-        for panel, (kind, measured) in zip(column, kinds.items(), strict=True):
-            plain = measured[PLAIN]
-            for i, n in enumerate(plain):
-                ratios = [overhead.ratio(measured[r][n], plain[n])[0] for r in RIVALS[1:]]
-                panel.plot(
-                    ratios,
-                    range(len(ratios)),
-                    "o",
-                    color="tab:blue",
-                    alpha=(i + 1) / len(plain),
-                    label=f"accum_steps {n}",
-                )
-            for at, style in ((1, "-"), (WITHIN, ":")):
-                panel.axvline(at, color="0.4", linestyle=style, linewidth=0.8)
-            panel.set_title(f"{kind},\n{case}", fontsize="small")
-            panel.set_yticks(range(len(RIVALS) - 1), RIVALS[1:], fontsize="x-small")
-            panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].invert_yaxis()
-    panels[0][0].set_xlim(0, None)
-    for panel in panels[-1]:
-        panel.set_xlabel("seconds over plain fit's")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=120)
+
+def draw(panel, measured):
+    """One table's ratios, darker for more micro-batches."""
+    plain = measured[PLAIN]
+    for i, n in enumerate(plain):
+        ratios = [_common.ratio(measured[r][n], plain[n])[0] for r in RIVALS[1:]]
+        panel.plot(
+            ratios,
+            range(len(ratios)),
+            "o",
+            color="tab:blue",
+            alpha=(i + 1) / len(plain),
+            label=f"accum_steps {n}",
+        )
+    for at, style in ((1, "-"), (WITHIN, ":")):
+        panel.axvline(at, color="0.4", linestyle=style, linewidth=0.8)
+    panel.set_yticks(range(len(RIVALS) - 1), RIVALS[1:], fontsize="x-small")
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = _common.make_parser(__doc__)
     parser.add_argument(
-        "--cases", nargs="+", choices=overhead.CASES, default=list(CASES), metavar="CASE"
+        "--cases", nargs="+", choices=_rivals.CASES, default=list(CASES), metavar="CASE"
     )
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--accum-steps", nargs="+", type=int, default=[2, 64], metavar="N")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each measurement")
-    parser.add_argument("--json", metavar="FILE", help="write the seconds of every process")
-    parser.add_argument("--plot", metavar="FILE", help="draw the tables; needs matplotlib")
+    _common.add_outputs(parser, "the seconds of every process")
     options = parser.parse_args(argv)
     if min(options.micro_batch_size, options.repeats) < 1 or min(options.accum_steps) < 2:
         parser.error(
@@ -215,9 +205,7 @@ def main(argv=None):
         for kind, measured in results[case].items():
             print(f"\n### {kind}, {case}\n", table(measured), "", rules(measured), sep="\n")
         sys.stdout.flush()
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"setting": setting(options), "seconds": results}, file, indent=1)
+    _common.write_json(options.json, setting=setting(options), seconds=results)
     if options.plot:
         plot(results, options.plot)
     return results

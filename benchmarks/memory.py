@@ -9,51 +9,29 @@ there is none it is what the process held (Linux only), with oneDNN off, whose a
 what is freed.
 """
 
-import argparse
-import contextlib
-import ctypes
 import functools
 import gc
-import json
-import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from benchmarks import overhead
-from benchmarks.overhead import BUILT_IN, LARGE, PLAIN, machine, markdown
-from examples.digits import in_own_process
+from benchmarks import _common, _meters, _rivals
+from benchmarks._rivals import BUILT_IN, LARGE, LOOP, OURS, PLAIN, TENSOR_LOOP
 
-RIVALS = (
-    PLAIN,
-    LARGE,
-    BUILT_IN,
-    overhead.LOOP,
-    overhead.TENSOR_LOOP,
-    overhead.OPTIMIZER,
-    overhead.ACROSS_STEPS,
-    overhead.WITHIN_STEP,
-)
-OPTIMIZERS = {"SGD": overhead.SGD, "Adam": overhead.ADAM}
+RIVALS = (PLAIN, LARGE, BUILT_IN, LOOP, TENSOR_LOOP, *OURS)
+# In the pictures.
+COLORS = {rival: f"C{i}" for i, rival in enumerate(RIVALS)}
+LINES = dict(zip(RIVALS, (":", "-", "--", "-.", ":", "-", "--", "-"), strict=True))
+
+OPTIMIZERS = {"SGD": _rivals.SGD, "Adam": _rivals.ADAM}
 SMALL = 4  # width of the nets that show what a program itself takes
-
-# The C library then asks the system for each large block, and gives it back when it is freed.
-GIVES_BACK = {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-
 
 # The nets: one whose parameters weigh the most, and one whose activations do.
 
 
 def dense_case(width, layers, optimizer):
     """`layers` dense layers of one width: `4 * layers * width**2` bytes of parameters."""
-    return overhead.dense_case(OPTIMIZERS[optimizer], 0, width, *[width] * layers)
+    return _rivals.dense_case(OPTIMIZERS[optimizer], 0, width, *[width] * layers)
 
 
 def conv_net(width):
@@ -67,13 +45,13 @@ def conv_net(width):
             layers.AveragePooling2D(2),
             layers.Conv2D(2 * width, 3, padding="same", activation="relu"),
             layers.GlobalAveragePooling2D(),
-            layers.Dense(overhead.CLASSES),
+            layers.Dense(_rivals.CLASSES),
         ]
     )
 
 
 def conv_case(width, optimizer):
-    return overhead.Case(
+    return _rivals.Case(
         functools.partial(conv_net, width),
         OPTIMIZERS[optimizer],
         lambda rng, examples: rng.normal(size=(examples, 64, 64, 1)).astype("float32"),
@@ -84,66 +62,23 @@ def conv_case(width, optimizer):
 # The measurement, in a process of its own.
 
 
-class Meter(NamedTuple):
-    """Bytes held now, at the most since `restart`, and a function that makes now the most."""
-
-    now: Callable
-    peak: Callable
-    restart: Callable
-
-
-def device_meter(device):
-    """Of the tensors on a device."""
-    memory = tf.config.experimental
-    return Meter(
-        lambda: memory.get_memory_info(device)["current"],
-        lambda: memory.get_memory_info(device)["peak"],
-        lambda: memory.reset_memory_stats(device),
-    )
-
-
-def process_meter():
-    """Of all that this process holds."""
-
-    def held(name):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-    def restart():
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-    return Meter(lambda: held("VmRSS:"), lambda: held("VmHWM:"), restart)
-
-
-def find_meter():
-    gpus = tf.config.list_logical_devices("GPU")
-    return device_meter(gpus[0].name.removeprefix("/device:")) if gpus else process_meter()
-
-
-def check_meter(parser):
-    """Ends with the parser's error where memory cannot be measured."""
-    if not tf.config.list_physical_devices("GPU") and not Path("/proc/self/clear_refs").exists():
-        parser.error("without a GPU memory can be measured on Linux only")
-
-
 def measure(make_case, width, rival, micro_batch_size, accum_steps, jit):
     """Bytes that training takes at its peak, and bytes of a float32 copy of the parameters.
 
     Without what the program itself takes: that is what a second training of the same net adds,
     with layers so small that they weigh nothing.
     """
-    meter = find_meter()
+    meter = _meters.find_meter()
 
     def rival_of(width):
         case, rng = make_case(width), np.random.default_rng(0)
         x = case.inputs(rng, 2 * accum_steps * micro_batch_size)
-        y = rng.integers(overhead.CLASSES, size=len(x))
+        y = rng.integers(_rivals.CLASSES, size=len(x))
         batches = [
-            overhead.batches_of(size, x, y)
+            _common.batches_of(size, x, y)
             for size in (micro_batch_size, micro_batch_size * accum_steps)
         ]
-        makers = overhead.rival_makers(case, *batches, micro_batch_size, accum_steps, jit)
+        makers = _rivals.rival_makers(case, *batches, micro_batch_size, accum_steps, jit)
         return makers[rival]()
 
     def train(width):
@@ -163,21 +98,9 @@ def measure(make_case, width, rival, micro_batch_size, accum_steps, jit):
     return meter.peak() - after - program, parameters
 
 
-@contextlib.contextmanager
-def environment(variables):
-    """Sets environment variables, for processes started meanwhile."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def measure_apart(*args):
-    with environment(GIVES_BACK):
-        return in_own_process(measure, *args)
+    with _common.environment(_meters.GIVES_BACK):
+        return _common.in_own_process(measure, *args)
 
 
 def measure_updates(options):
@@ -190,7 +113,7 @@ def measure_updates(options):
             for rival in RIVALS:
                 if rival == LARGE:
                     continue  # its activations weigh next to nothing here
-                print(f"measuring {rival}: {optimizer}, jit {jit}", file=sys.stderr, flush=True)
+                _common.progress(f"{rival}: {optimizer}, jit {jit}")
                 column[rival], parameters = measure_apart(
                     make_case,
                     options.width,
@@ -215,7 +138,7 @@ def measure_batches(options):
             elif rival == BUILT_IN and accum_steps == 1:
                 row[batch] = None
             else:
-                print(f"measuring {rival}: batch {batch}", file=sys.stderr, flush=True)
+                _common.progress(f"{rival}: batch {batch}")
                 row[batch], _ = measure_apart(
                     make_case, options.filters, rival, micro_batch_size, accum_steps, False
                 )
@@ -240,7 +163,7 @@ def updates_table(measured):
     rows += [[rival, *(f"{column[rival]:.2f}" for column in above.values())] for rival in rivals]
     plain = [peaks[PLAIN] / 1e6 for peaks in measured["peak"].values()]
     rows.append([f"MB of {PLAIN}", *(f"{peak:.0f}" for peak in plain)])
-    return markdown(rows)
+    return _common.markdown(rows)
 
 
 def batches_table(measured):
@@ -249,51 +172,44 @@ def batches_table(measured):
 
     rows = [["", *map(str, next(iter(measured.values())))]]
     rows += [[rival, *map(cell, row.values())] for rival, row in measured.items()]
-    return markdown(rows)
+    return _common.markdown(rows)
 
 
 def plot(results, path):
     """Lines of peak over effective batch, and bars of copies above plain fit."""
-    from matplotlib.figure import Figure  # not needed for the tables
+    draw = {"batches": draw_batches, "updates": draw_updates}
+    size = (6 * len(results), 5)
+    with _common.picture(path, size, columns=len(results)) as (figure, panels):
+        for panel, (name, measured) in zip(panels[0], results.items(), strict=True):
+            draw[name](panel, measured)
+        _common.legend_below(figure, 2 if len(results) == 1 else 3)
 
-    figure = Figure(figsize=(6 * len(results), 5), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
-    colors = {rival: f"C{i}" for i, rival in enumerate(RIVALS)}
-    styles = dict(zip(RIVALS, ("k:", "-", "--", "-.", ":", "-", "--", "-"), strict=True))
-    for panel, (name, measured) in zip(panels, results.items(), strict=True):
-        if name == "batches":
-            for rival, row in measured.items():
-                values = [np.nan if p is None else p / 1e6 for p in row.values()]
-                style = styles[rival].replace("k", "")
-                panel.plot(list(row), values, style, marker="o", color=colors[rival], label=rival)
-            panel.set(xscale="log", yscale="log", xlabel="effective batch", ylabel="peak, MB")
-            panel.set_xticks(list(row), list(row), minor=False)
-            panel.minorticks_off()
-            panel.set_title("Convolutions, growing effective batch")
-        else:
-            above = copies(measured)
-            rivals = [rival for rival in next(iter(above.values())) if rival != PLAIN]
-            width = 0.8 / len(rivals)
-            for i, rival in enumerate(rivals):
-                places = np.arange(len(above)) + (i - (len(rivals) - 1) / 2) * width
-                heights = [column[rival] for column in above.values()]
-                panel.bar(places, heights, width, color=colors[rival], label=rival)
-            panel.axhline(1, color="black", linewidth=0.8)
-            panel.set_xticks(range(len(above)), list(above))
-            panel.set(ylabel="copies of the parameters", title="Dense layers, peak above plain fit")
-        panel.spines[["top", "right"]].set_visible(False)
-    handles = {}
-    for panel in panels:
-        handles.update(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
-    columns = 2 if len(results) == 1 else 3
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=columns, fontsize="small"
-    )
-    figure.savefig(path, dpi=120)
+
+def draw_batches(panel, measured):
+    for rival, row in measured.items():
+        values = [np.nan if p is None else p / 1e6 for p in row.values()]
+        panel.plot(list(row), values, LINES[rival], marker="o", color=COLORS[rival], label=rival)
+    panel.set(xscale="log", yscale="log", xlabel="effective batch", ylabel="peak, MB")
+    panel.set_xticks(list(row), list(row), minor=False)
+    panel.minorticks_off()
+    panel.set_title("Convolutions, growing effective batch")
+
+
+def draw_updates(panel, measured):
+    above = copies(measured)
+    rivals = [rival for rival in next(iter(above.values())) if rival != PLAIN]
+    width = 0.8 / len(rivals)
+    for i, rival in enumerate(rivals):
+        places = np.arange(len(above)) + (i - (len(rivals) - 1) / 2) * width
+        heights = [column[rival] for column in above.values()]
+        panel.bar(places, heights, width, color=COLORS[rival], label=rival)
+    panel.axhline(1, color="black", linewidth=0.8)
+    panel.set_xticks(range(len(above)), list(above))
+    panel.set(ylabel="copies of the parameters", title="Dense layers, peak above plain fit")
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = _common.make_parser(__doc__)
     parser.add_argument(
         "--tables", nargs="+", choices=["updates", "batches"], default=["batches", "updates"]
     )
@@ -314,8 +230,7 @@ def parse(argv):
         metavar="N",
         help="of the table of batches",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the bytes that were measured")
-    parser.add_argument("--plot", metavar="FILE", help="draw the tables; needs matplotlib")
+    _common.add_outputs(parser, "the bytes that were measured")
     options = parser.parse_args(argv)
     if min(options.micro_batch_size, options.layers, options.width, options.filters) < 1:
         parser.error("sizes must be at least 1")
@@ -327,14 +242,14 @@ def parse(argv):
             f"--effective-batches must be multiples of --micro-batch-size. Received: {bad} and "
             f"{options.micro_batch_size}."
         )
-    check_meter(parser)
+    _meters.check_meter(parser)
     return options
 
 
 def main(argv=None):
     """Measures, prints, and returns a dict with what each table was made of."""
     options = parse(argv)
-    print(machine(), flush=True)
+    print(_common.machine(), flush=True)
     results = {}
     for name in options.tables:
         if name == "batches":
@@ -354,10 +269,7 @@ def main(argv=None):
                 sep="\n",
                 flush=True,
             )
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps({"setting": machine(), "options": vars(options), **results}, indent=1)
-        )
+    _common.write_json(options.json, setting=_common.machine(), options=vars(options), **results)
     if options.plot:
         plot(results, options.plot)
     return results

@@ -1,6 +1,6 @@
 """A train_step of one's own, whose loss averages over some of the examples: the exact mean.
 
-    python -m examples.custom_train_step
+    python examples/custom_train_step.py
 
 Most of the handwritten digits here have no label, and the loss is the mean over those that have
 one. How many these are differs from micro-batch to micro-batch, so the mean of their means is not
@@ -16,7 +16,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from examples import digits
+from _common import (
+    add_count,
+    add_examples,
+    aligned,
+    check_batch_size,
+    check_multiple,
+    compare,
+    largest_difference,
+    load_digits,
+    shown_difference,
+)
 from gradient_accumulator_tf import GradientAccumulateOptimizer
 
 WAYS = ("large batch", "accumulated, weight=labelled", "accumulated, mean of means")
@@ -108,7 +118,7 @@ def compile_for(way, batch_size, micro_batch_size):
 
 def load_data(args):
     """(x, y) to train on, whole effective batches with few labels, and (x, y) to validate on."""
-    (x, y), validation = digits.load_data(args.examples)
+    (x, y), validation = load_digits(args.examples)
     used = len(x) // args.batch_size * args.batch_size
     x, y = x[:used], y[:used].copy()
     y[np.random.default_rng(1).random(used) >= args.labelled / 100] = NO_LABEL
@@ -141,7 +151,7 @@ def train(way, args):
         "updates": int(model.optimizer.iterations.numpy()),
         "loss": history["loss"],
         "validation_accuracy": history["val_accuracy"],
-        "weight_movement": digits.largest_difference(weights, first_weights),
+        "weight_movement": largest_difference(weights, first_weights),
         "weights": weights,
     }
 
@@ -159,10 +169,10 @@ def table(results):
                 str(result["updates"]),
                 f"{result['loss'][-1]:.4f}",
                 f"{result['validation_accuracy'][-1]:.4f}",
-                digits.shown_difference(result["weight_difference"]),
+                shown_difference(result["weight_difference"]),
             )
         )
-    return digits.aligned(rows)
+    return aligned(rows)
 
 
 def percentage(text):
@@ -177,10 +187,10 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description="Train on partly labelled digits with a train_step of one's own, three ways."
     )
-    digits.add_count(parser, "--epochs", 12, "passes over the training images")
-    digits.add_count(parser, "--batch-size", 128, "images per update")
-    digits.add_count(parser, "--micro-batch-size", 8, "images per forward and backward pass")
-    digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
+    add_count(parser, "--epochs", 12, "passes over the training images")
+    add_count(parser, "--batch-size", 128, "images per update")
+    add_count(parser, "--micro-batch-size", 8, "images per forward and backward pass")
+    add_examples(parser)
     parser.add_argument(
         "--labelled",
         metavar="PERCENT",
@@ -189,8 +199,8 @@ def parse(argv):
         help="how many of the training images have a label (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    digits.check_multiple(parser, args)
-    digits.check_batch_size(parser, args)
+    check_multiple(parser, args)
+    check_batch_size(parser, args)
     return args
 
 
@@ -201,7 +211,7 @@ def main(argv=None):
     for way in WAYS:
         print(f"\n{way}", flush=True)
         results.append(train(way, args))
-    digits.compare(results, WAYS[:1])
+    compare(results, WAYS[:1])
     print(f"\n{table(results)}\n")
     (_, y), _ = load_data(args)
     counts = labels_in(y, args.micro_batch_size)

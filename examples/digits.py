@@ -19,35 +19,24 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 import tensorflow as tf
-from sklearn.datasets import load_digits
 
+from _common import (
+    add_count,
+    add_examples,
+    add_plot,
+    aligned,
+    build_net,
+    check_batch_size,
+    check_multiple,
+    check_plot,
+    largest_difference,
+    load_digits,
+    save_plot,
+    shown_difference,
+)
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 
 WAYS = ("large batch", "GradientAccumulateModel", "GradientAccumulateOptimizer")
-
-
-def build_net():
-    """A small convolutional net, with the same first weights in every process.
-
-    It has no BatchNormalization, which would normalise by the micro-batch, and no Dropout, which
-    would draw other numbers: with either, an accumulated batch is no longer the large batch.
-    """
-    keras.utils.set_random_seed(1)
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            # To 64 x 64, so that the activations need the most memory, as they do in practice.
-            layers.UpSampling2D(8, interpolation="bilinear"),
-            # Smooth layers: in the kink of a relu, rounding decides which way a gradient goes.
-            layers.Conv2D(16, 3, padding="same", activation="tanh"),
-            layers.AveragePooling2D(2),
-            layers.Conv2D(32, 3, padding="same", activation="tanh"),
-            layers.AveragePooling2D(4),
-            layers.Flatten(),
-            layers.Dense(10),
-        ]
-    )
 
 
 def compile_for(way, batch_size, micro_batch_size):
@@ -64,19 +53,9 @@ def compile_for(way, batch_size, micro_batch_size):
     return model, batch_size
 
 
-def load_data(examples=None):
-    """Images (n, 8, 8, 1) and labels (n,), as ((x, y) to train on, (x, y) to validate on)."""
-    x, y = load_digits(return_X_y=True)
-    # Shuffled here, once: `fit` is to show every way the same images in the same order.
-    order = np.random.default_rng(0).permutation(len(x))[:examples]
-    x, y = x[order].reshape(-1, 8, 8, 1).astype("float32") / 16, y[order]
-    held_out = math.ceil(len(x) / 7)
-    return (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out])
-
-
 def train(way, args):
     """Trains one way and returns its results."""
-    (x, y), validation = load_data(args.examples)
+    (x, y), validation = load_digits(args.examples)
     # Whole batches only: the optimizer's cycles go on from epoch to epoch, so that a smaller last
     # batch would shift all later cycles against the large batches.
     used = len(x) // args.batch_size * args.batch_size
@@ -124,23 +103,6 @@ def peak_memory():
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def largest_difference(arrays, others):
-    return max(float(np.max(np.abs(a - b))) for a, b in zip(arrays, others, strict=True))
-
-
-def compare(results, references):
-    """Adds to each way's results the difference of its weights from its reference's.
-
-    The largest, as a fraction of the reference's largest movement of a weight. The reference is
-    the last way before it, or itself, that is one of `references`.
-    """
-    for result in results:
-        if result["way"] in references:
-            reference = result
-        difference = largest_difference(result["weights"], reference["weights"])
-        result["weight_difference"] = difference / reference["weight_movement"]
-
-
 def in_own_process(function, *args):
     """`function(*args)`, from a fresh process that ends with it."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
@@ -149,22 +111,6 @@ def in_own_process(function, *args):
 
 def megabytes(memory):
     return "unknown" if math.isnan(memory) else f"{memory / 1e6:.0f} MB"
-
-
-def aligned(rows):
-    """Rows of text as lines in columns, the first two above a rule."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for way, *values in rows:
-        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        lines.append("  ".join([way.ljust(widths[0]), *cells]))
-    lines.insert(2, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def shown_difference(difference):
-    """A weight difference in two digits, and one that is none as "0"."""
-    return f"{difference:.1e}" if difference else "0"
 
 
 def table(results):
@@ -220,39 +166,6 @@ def draw(results, figure):
     )
 
 
-def positive_int(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more. Received: {text}")
-    return int(text)
-
-
-def add_count(parser, name, default, meaning):
-    """Gives the parser an option for a whole number of 1 or more."""
-    meaning = f"{meaning} (default: %(default)s)"
-    parser.add_argument(name, metavar="N", type=positive_int, default=default, help=meaning)
-
-
-def check_multiple(parser, args):
-    """Ends with the parser's error unless micro-batches make up an effective batch."""
-    if args.batch_size % args.micro_batch_size:
-        nearest = max(1, args.batch_size // args.micro_batch_size) * args.micro_batch_size
-        parser.error(
-            "--batch-size must be a multiple of --micro-batch-size. Received: "
-            f"{args.batch_size} and {args.micro_batch_size}. Pass for example "
-            f"--batch-size {nearest}."
-        )
-
-
-def check_batch_size(parser, args):
-    """Ends with the parser's error if there are too few images for one effective batch."""
-    (x, _), _ = load_data(args.examples)
-    if args.batch_size > len(x):
-        parser.error(
-            f"--batch-size must be at most the number of training images, here {len(x)}. "
-            f"Received: {args.batch_size}. Pass a smaller one, or a larger --examples."
-        )
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(
         description="Train a net on handwritten digits three ways and compare the results."
@@ -262,22 +175,18 @@ def parse(argv):
     add_count(
         parser, "--micro-batch-size", 32, "images per forward and backward pass of the wrappers"
     )
-    add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw losses and memory into this file")
+    add_examples(parser)
+    add_plot(parser, "losses and memory")
     args = parser.parse_args(argv)
     check_multiple(parser, args)
     check_batch_size(parser, args)
-    if args.plot and not Path(args.plot).absolute().parent.is_dir():
-        parser.error(f"--plot must name a file in an existing folder. Received: {args.plot}")
+    check_plot(parser, args)
     return args
 
 
 def main(argv=None):
     """Trains all ways, prints the table, and returns a list with a dict for each way."""
     args = parse(argv)
-    if args.plot:
-        # Imported now, so that it is not found missing only after the training.
-        from matplotlib.figure import Figure
     results = []
     for way in WAYS:
         print(f"\n{way}", flush=True)
@@ -292,10 +201,7 @@ def main(argv=None):
     )
     print("Peak memory: what training added to the peak, after imports, data and model.")
     if args.plot:
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        draw(results, figure)
-        figure.savefig(args.plot, dpi=120)
-        print(f"Plot: {args.plot}")
+        save_plot(args.plot, draw, results)
     return results
 
 

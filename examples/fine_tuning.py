@@ -1,7 +1,7 @@
 """Fine-tuning a net with batch norms in micro-batches: which batch norm, and what it comes to.
 
-    python -m examples.fine_tuning
-    python -m examples.fine_tuning --weights imagenet  # downloads them
+    python examples/fine_tuning.py
+    python examples/fine_tuning.py --weights imagenet  # downloads them
 
 A MobileNet that knows some handwritten digits learns the others. Batch norm normalises by the
 micro-batch, so accumulating is then not the large batch, unless the batch norms are frozen: they
@@ -19,7 +19,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 
-from examples import digits
+from _common import (
+    add_count,
+    add_examples,
+    aligned,
+    check_multiple,
+    compare,
+    largest_difference,
+    load_digits,
+    shown_difference,
+)
 from gradient_accumulator_tf import GradientAccumulateModel, swap_batch_norm
 
 SIDE = 32  # the least that keras.applications takes
@@ -55,7 +64,7 @@ def load_data(known, examples=None):
         # Colours in [-1, 1], as MobileNet expects them.
         return np.tile(x.repeat(SIDE // 8, 1).repeat(SIDE // 8, 2), 3) * 2 - 1, y
 
-    training, validation = digits.load_data(examples)
+    training, validation = load_digits(examples)
     return chosen(*training), chosen(*validation)
 
 
@@ -147,7 +156,7 @@ def train(name, base_weights, args):
         "micro_batch": args.micro_batch_size if WAYS[name].accumulates else args.batch_size,
         "updates": int(model.optimizer.iterations.numpy()),
         "validation_accuracy": history["val_accuracy"],
-        "weight_movement": digits.largest_difference(weights, first_weights),
+        "weight_movement": largest_difference(weights, first_weights),
         "weights": weights,
     }
 
@@ -165,10 +174,10 @@ def table(results):
                 str(result["micro_batch"]),
                 str(result["updates"]),
                 f"{result['validation_accuracy'][-1]:.4f}",
-                digits.shown_difference(result["weight_difference"]),
+                shown_difference(result["weight_difference"]),
             )
         )
-    return digits.aligned(rows)
+    return aligned(rows)
 
 
 def parse(argv):
@@ -182,11 +191,11 @@ def parse(argv):
         help="pre-train on some digits, or download what was trained on ImageNet "
         "(default: %(default)s)",
     )
-    digits.add_count(parser, "--pretraining-epochs", 6, "passes over the first five digits")
-    digits.add_count(parser, "--epochs", 6, "passes over the other five")
-    digits.add_count(parser, "--batch-size", 64, "images per update")
-    digits.add_count(parser, "--micro-batch-size", 8, "images per forward and backward pass")
-    digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
+    add_count(parser, "--pretraining-epochs", 6, "passes over the first five digits")
+    add_count(parser, "--epochs", 6, "passes over the other five")
+    add_count(parser, "--batch-size", 64, "images per update")
+    add_count(parser, "--micro-batch-size", 8, "images per forward and backward pass")
+    add_examples(parser)
     # In float32 rounding, enlarged by the net's kinks, would hide what the ways differ in.
     parser.add_argument(
         "--dtype",
@@ -195,7 +204,7 @@ def parse(argv):
         help="what to compute in (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    digits.check_multiple(parser, args)
+    check_multiple(parser, args)
     (x, _), (x_val, _) = load_data(False, args.examples)
     if args.batch_size > len(x) or not len(x_val):
         parser.error(
@@ -217,7 +226,7 @@ def main(argv=None):
         for name in WAYS:
             print(f"\n{name}", flush=True)
             results.append(train(name, base_weights, args))
-    digits.compare(results, [name for name, way in WAYS.items() if not way.accumulates])
+    compare(results, [name for name, way in WAYS.items() if not way.accumulates])
     print(f"\n{table(results)}\n")
     print(
         "Weight difference: the largest of kernels and biases, from the large batch above, as a\n"

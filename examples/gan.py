@@ -1,6 +1,6 @@
 """A small GAN with two wrapped optimizers: the large batch's weights, if it takes both at once.
 
-    python -m examples.gan
+    python examples/gan.py
 
 A generator learns to draw handwritten digits, a discriminator to tell them from real ones, in a
 `train_step` of one's own with a `GradientAccumulateOptimizer` for each. Where the train_step
@@ -20,7 +20,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from examples import digits
+from _common import (
+    add_count,
+    add_examples,
+    aligned,
+    check_batch_size,
+    check_multiple,
+    compare,
+    largest_difference,
+    load_digits,
+    shown_difference,
+)
 from gradient_accumulator_tf import GradientAccumulateOptimizer
 
 NOISE = 16  # numbers that the generator draws an image from
@@ -151,7 +161,7 @@ def load_data(args):
     Keras ends a partial cycle of the optimizer that a model is compiled with only. With these two
     one would call `flush` for what is left.
     """
-    (images, _), _ = digits.load_data(args.examples)
+    (images, _), _ = load_digits(args.examples)
     images = images[: len(images) // args.batch_size * args.batch_size]
     noise = np.random.default_rng(1).normal(size=(len(images), NOISE)).astype("float32")
     return images, noise
@@ -172,7 +182,7 @@ def train(name, args):
         ],
         "generator_loss": history["generator_loss"],
         "discriminator_loss": history["discriminator_loss"],
-        "weight_movement": digits.largest_difference(weights, first_weights),
+        "weight_movement": largest_difference(weights, first_weights),
         "weights": weights,
     }
 
@@ -194,23 +204,23 @@ def table(results):
                 " and ".join(map(str, sorted(set(result["updates"])))),
                 f"{result['generator_loss'][-1]:.4f}",
                 f"{result['discriminator_loss'][-1]:.4f}",
-                digits.shown_difference(result["weight_difference"]),
+                shown_difference(result["weight_difference"]),
             )
         )
-    return digits.aligned(rows)
+    return aligned(rows)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(
         description="Train a GAN with two optimizers in four ways and compare the results."
     )
-    digits.add_count(parser, "--epochs", 10, "passes over the training images")
-    digits.add_count(parser, "--batch-size", 128, "images per update")
-    digits.add_count(parser, "--micro-batch-size", 16, "images per forward and backward pass")
-    digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
+    add_count(parser, "--epochs", 10, "passes over the training images")
+    add_count(parser, "--batch-size", 128, "images per update")
+    add_count(parser, "--micro-batch-size", 16, "images per forward and backward pass")
+    add_examples(parser)
     args = parser.parse_args(argv)
-    digits.check_multiple(parser, args)
-    digits.check_batch_size(parser, args)
+    check_multiple(parser, args)
+    check_batch_size(parser, args)
     return args
 
 
@@ -221,7 +231,7 @@ def main(argv=None):
     for name in WAYS:
         print(f"\n{name}", flush=True)
         results.append(train(name, args))
-    digits.compare(results, [name for name, way in WAYS.items() if not way.accumulates])
+    compare(results, [name for name, way in WAYS.items() if not way.accumulates])
     print(f"\n{table(results)}\n")
     print(
         f"Effective batches of {args.batch_size} images, micro-batches of "

@@ -13,7 +13,6 @@ import argparse
 import os
 import re
 from collections import Counter
-from pathlib import Path
 from pydoc_data.topics import topics
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -22,6 +21,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from _common import (
+    add_count,
+    add_plot,
+    aligned,
+    check_multiple,
+    check_plot,
+    largest_difference,
+    save_plot,
+    shown_difference,
+)
 from gradient_accumulator_tf import GradientAccumulateModel
 
 WAYS = ("large batch", "GradientAccumulateModel", "mean of means")
@@ -149,10 +158,6 @@ def train(way, args):
     }
 
 
-def largest_difference(arrays, others):
-    return max(float(np.max(np.abs(a - b))) for a, b in zip(arrays, others, strict=True))
-
-
 def compare(results):
     """Adds to each way's results the difference of its weights from the large batch's.
 
@@ -174,14 +179,8 @@ def table(results):
     for epoch, values in enumerate(zip(*curves, strict=True), start=1):
         rows.append([f"epoch {epoch}", *(f"{value:.2f}" for value in values)])
     last = [result["weight_difference"][-1] for result in results]
-    rows.append(["weight difference", *(f"{value:.1e}" if value else "0" for value in last)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *values in rows:
-        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    rows.append(["weight difference", *map(shown_difference, last)])
+    return aligned(rows, rules=(1, len(rows) - 1))
 
 
 def token_counts(lines, batch_size):
@@ -227,34 +226,18 @@ def draw(results, counts, figure):
     )
 
 
-def positive_int(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more. Received: {text}")
-    return int(text)
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(
         description="Train a small language model three ways and compare the results."
     )
 
-    def add_count(name, default, meaning):
-        meaning = f"{meaning} (default: {default or 'all'})"
-        parser.add_argument(name, metavar="N", type=positive_int, default=default, help=meaning)
-
-    add_count("--epochs", 8, "passes over the text")
-    add_count("--batch-size", 64, "paragraphs per update")
-    add_count("--micro-batch-size", 8, "paragraphs per forward and backward pass")
-    add_count("--paragraphs", None, "how many paragraphs to use")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves into this file")
+    add_count(parser, "--epochs", 8, "passes over the text")
+    add_count(parser, "--batch-size", 64, "paragraphs per update")
+    add_count(parser, "--micro-batch-size", 8, "paragraphs per forward and backward pass")
+    add_count(parser, "--paragraphs", None, "how many paragraphs to use")
+    add_plot(parser, "the curves")
     args = parser.parse_args(argv)
-    if args.batch_size % args.micro_batch_size:
-        nearest = max(1, args.batch_size // args.micro_batch_size) * args.micro_batch_size
-        parser.error(
-            "--batch-size must be a multiple of --micro-batch-size. Received: "
-            f"{args.batch_size} and {args.micro_batch_size}. Pass for example "
-            f"--batch-size {nearest}."
-        )
+    check_multiple(parser, args)
     lines, validation = load_data(args.paragraphs, args.batch_size)
     if not lines:
         parser.error(
@@ -262,17 +245,13 @@ def parse(argv):
             f"{len(validation) * 9 // 10}. Received: {args.batch_size}. Pass a smaller one, or a "
             "larger --paragraphs."
         )
-    if args.plot and not Path(args.plot).absolute().parent.is_dir():
-        parser.error(f"--plot must name a file in an existing folder. Received: {args.plot}")
+    check_plot(parser, args)
     return args
 
 
 def main(argv=None):
     """Trains all ways, prints the table, and returns a list with a dict for each way."""
     args = parse(argv)
-    if args.plot:
-        # Imported now, so that it is not found missing only after the training.
-        from matplotlib.figure import Figure
     results = []
     for way in WAYS:
         print(f"\n{way}", flush=True)
@@ -288,10 +267,7 @@ def main(argv=None):
     print("Mean of means: Keras's gradient_accumulation_steps, on the same micro-batches.")
     print("Weight difference: the largest from the large batch, as a fraction of the movement.")
     if args.plot:
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        draw(results, counts, figure)
-        figure.savefig(args.plot, dpi=120)
-        print(f"Plot: {args.plot}")
+        save_plot(args.plot, draw, results, counts)
     return results
 
 

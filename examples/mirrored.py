@@ -1,6 +1,6 @@
 """Handwritten digits learned on all GPUs of one machine, compared with one device.
 
-    python -m examples.mirrored
+    python examples/mirrored.py
 
 Without a GPU it runs on logical CPU devices, which share the machine's cores: that shows the
 arithmetic, not a speed. All ways train on the same effective batches and end with the same
@@ -15,7 +15,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import tensorflow as tf
 
-from examples import digits
+from _common import (
+    add_count,
+    add_examples,
+    aligned,
+    build_net,
+    check_batch_size,
+    largest_difference,
+    load_digits,
+    shown_difference,
+)
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 
 WAYS = (
@@ -54,7 +63,7 @@ def strategy_on(devices):
 
 def compile_for(way, batch_size, micro_batch_size, replicas):
     """The compiled model and the batch size for `fit`: all that the ways differ in."""
-    model, optimizer = digits.build_net(), keras.optimizers.Adam(1e-2)
+    model, optimizer = build_net(), keras.optimizers.Adam(1e-2)
     # `fit` hands out its batch evenly, so this is one micro-batch on each replica.
     micro_batches = micro_batch_size * replicas
     accum_steps = batch_size // micro_batches
@@ -73,7 +82,7 @@ def compile_for(way, batch_size, micro_batch_size, replicas):
 
 def load_data(args, devices):
     """(x, y) to train on and (x, y) to validate on, in sizes that all ways can use."""
-    (x, y), (x_val, y_val) = digits.load_data(args.examples)
+    (x, y), (x_val, y_val) = load_digits(args.examples)
     # Whole batches only: the optimizer's cycles go on from epoch to epoch.
     used = len(x) // args.batch_size * args.batch_size
     # No last batch that leaves a replica without an image: on the CPU, TensorFlow's convolutions
@@ -108,7 +117,7 @@ def train(way, devices, data, args):
         "micro_batch": args.batch_size if way == "large batch" else args.micro_batch_size,
         "updates": int(model.optimizer.iterations.numpy()),
         "validation_accuracy": history["val_accuracy"][-1],
-        "weight_movement": digits.largest_difference(weights, first_weights),
+        "weight_movement": largest_difference(weights, first_weights),
         "weights": weights,
     }
 
@@ -126,10 +135,10 @@ def table(results):
                 result["way"],
                 *(str(result[name]) for name in counts),
                 f"{result['validation_accuracy']:.4f}",
-                digits.shown_difference(result["weight_difference"]),
+                shown_difference(result["weight_difference"]),
             )
         )
-    return digits.aligned(rows)
+    return aligned(rows)
 
 
 def parse(argv):
@@ -137,15 +146,15 @@ def parse(argv):
         description="Train a net on handwritten digits on several devices and on one."
     )
 
-    digits.add_count(parser, "--devices", 2, "logical CPU devices, where there is no GPU")
-    digits.add_count(parser, "--epochs", 3, "passes over the training images")
-    digits.add_count(parser, "--batch-size", 256, "images per update, over all devices")
-    digits.add_count(
+    add_count(parser, "--devices", 2, "logical CPU devices, where there is no GPU")
+    add_count(parser, "--epochs", 3, "passes over the training images")
+    add_count(parser, "--batch-size", 256, "images per update, over all devices")
+    add_count(
         parser, "--micro-batch-size", 16, "images per forward and backward pass of one device"
     )
-    digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
+    add_examples(parser)
     args = parser.parse_args(argv)
-    digits.check_batch_size(parser, args)
+    check_batch_size(parser, args)
     return args, parser
 
 
@@ -170,9 +179,7 @@ def main(argv=None):
         results.append(train(way, used, data, args))
     reference = results[0]
     for result in results:
-        result["weight_difference"] = digits.largest_difference(
-            result["weights"], reference["weights"]
-        )
+        result["weight_difference"] = largest_difference(result["weights"], reference["weights"])
     print(f"\n{table(results)}\n")
     moved = reference["weight_movement"]
     print(

@@ -1,11 +1,11 @@
 """Handwritten digits learned by several workers, each a process on this or another machine.
 
-    python -m examples.multi_worker --local-workers 2 --checkpoint-dir checkpoints
+    python examples/multi_worker.py --local-workers 2 --checkpoint-dir checkpoints
 
 runs all workers here, on the loopback network. On a cluster, start one process for each worker:
 
-    TF_CONFIG='{"cluster": ..., "task": ...}' python -m examples.multi_worker
-    srun python -m examples.multi_worker --cluster slurm
+    TF_CONFIG='{"cluster": ..., "task": ...}' python examples/multi_worker.py
+    srun python examples/multi_worker.py --cluster slurm
 
 All workers train one net on shares of the same effective batches. Killed and started again with
 the same --checkpoint-dir, they go on after the last whole epoch. At the end the chief trains the
@@ -30,7 +30,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import tensorflow as tf
 
-from examples import digits
+from _common import (
+    add_count,
+    add_examples,
+    build_net,
+    check_batch_size,
+    largest_difference,
+    load_digits,
+)
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 
 
@@ -161,11 +168,11 @@ class SaveEveryEpoch(keras.callbacks.Callback):
 
 
 def compile_for(wrapper, batch_size, micro_batch_size, replicas):
-    """The compiled model and the batch size for `fit`."""
-    model, optimizer = digits.build_net(), keras.optimizers.Adam(1e-2)
+    """The compiled model and the batch size for `fit`; wrapper None is the large batch."""
+    model, optimizer = build_net(), keras.optimizers.Adam(1e-2)
     if wrapper == "model":
         model = GradientAccumulateModel(model=model, micro_batch_size=micro_batch_size)
-    else:
+    elif wrapper == "optimizer":
         # `fit` hands out its batch evenly, so this is one micro-batch on each replica.
         micro_batches = micro_batch_size * replicas
         optimizer = GradientAccumulateOptimizer(optimizer, batch_size // micro_batches)
@@ -173,6 +180,18 @@ def compile_for(wrapper, batch_size, micro_batch_size, replicas):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss=loss, metrics=["accuracy"])
     return model, batch_size
+
+
+def train_large_batch(x, y, args):
+    """A model trained on the large batch by this process alone, and how far its weights moved."""
+    model, batch_size = compile_for(None, args.batch_size, args.micro_batch_size, replicas=1)
+    first_weights = model.get_weights()
+    model.fit(x, y, batch_size=batch_size, epochs=args.epochs, shuffle=False, verbose=2)
+    return model, largest_difference(model.get_weights(), first_weights)
+
+
+def accuracy_of(model, x, y):
+    return float((model.predict(x, verbose=0).argmax(-1) == y).mean())
 
 
 def work(args, parser):
@@ -188,9 +207,10 @@ def work(args, parser):
     resolver = strategy.cluster_resolver
     workers = resolver.cluster_spec().num_tasks("worker")
     is_chief = resolver.task_id == 0
-    (x, y), (x_val, y_val) = digits.load_data(args.examples)
+    (x, y), (x_val, y_val) = load_digits(args.examples)
     # Whole batches only: the optimizer's cycles go on from epoch to epoch.
     used = len(x) // args.batch_size * args.batch_size
+    x, y = x[:used], y[:used]
     with strategy.scope():
         model, batch_size = compile_for(
             args.wrapper, args.batch_size, args.micro_batch_size, replicas
@@ -204,8 +224,8 @@ def work(args, parser):
         if first_epoch:
             print(f"Resuming after epoch {first_epoch}.", flush=True)
         model.fit(
-            x[:used],
-            y[:used],
+            x,
+            y,
             batch_size=batch_size,
             initial_epoch=first_epoch,
             epochs=args.epochs,
@@ -220,17 +240,16 @@ def work(args, parser):
     # Alone from here on: outside the strategy nothing waits for the other workers.
     weights = model.get_weights()
     print("\nThe large batch, on one device", flush=True)
-    large = digits.train("large batch", args)
-    alone = digits.build_net()
+    large, moved = train_large_batch(x, y, args)
+    alone = build_net()
     alone.set_weights(weights)
-    accuracy = float((alone.predict(x_val, verbose=0).argmax(-1) == y_val).mean())
-    difference = digits.largest_difference(weights, large["weights"])
-    moved = large["weight_movement"]
+    difference = largest_difference(weights, large.get_weights())
+    accuracy, of_large_batch = (accuracy_of(m, x_val, y_val) for m in (alone, large))
     print(
         f"\nworkers              {workers}"
         f"\nreplicas             {replicas}"
         f"\nupdates              {int(model.optimizer.iterations.numpy())}"
-        f"\nvalidation accuracy  {accuracy:.4f} (large batch: {large['validation_accuracy']:.4f})"
+        f"\nvalidation accuracy  {accuracy:.4f} (large batch: {of_large_batch:.4f})"
         f"\nweight difference    {difference:.1e} (weights moved by {moved:.2g})",
         flush=True,
     )
@@ -247,29 +266,27 @@ def parse(argv):
         default="tf_config" if "TF_CONFIG" in os.environ else None,
         help="be one worker, and find the others so (default: tf_config if TF_CONFIG is set)",
     )
-    digits.add_count(
-        parser, "--local-workers", 2, "without a cluster: the workers to run on this machine"
-    )
-    digits.add_count(parser, "--port", 8888, "where workers listen under slurm and kubernetes")
+    add_count(parser, "--local-workers", 2, "without a cluster: the workers to run on this machine")
+    add_count(parser, "--port", 8888, "where workers listen under slurm and kubernetes")
     parser.add_argument(
         "--wrapper",
         choices=("model", "optimizer"),
         default="model",
         help="GradientAccumulateModel or GradientAccumulateOptimizer (default: %(default)s)",
     )
-    digits.add_count(parser, "--epochs", 2, "passes over the training images")
-    digits.add_count(parser, "--batch-size", 256, "images per update, over all workers")
-    digits.add_count(
+    add_count(parser, "--epochs", 2, "passes over the training images")
+    add_count(parser, "--batch-size", 256, "images per update, over all workers")
+    add_count(
         parser, "--micro-batch-size", 16, "images per forward and backward pass of one replica"
     )
-    digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
+    add_examples(parser)
     parser.add_argument(
         "--checkpoint-dir",
         metavar="FOLDER",
         help="save here, resume from here; shared by all workers",
     )
     args = parser.parse_args(argv)
-    digits.check_batch_size(parser, args)
+    check_batch_size(parser, args)
     return args, parser
 
 
@@ -282,7 +299,7 @@ def main(argv=None):
     # Terminated, it is to stop its workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     arguments = sys.argv[1:] if argv is None else argv
-    command = [sys.executable, "-m", "examples.multi_worker", *arguments]
+    command = [sys.executable, __file__, *arguments]
     return run_local_workers(command, args.local_workers)
 
 

@@ -1,6 +1,6 @@
 """A training that is killed again and again ends with the weights of one that never was.
 
-    python -m examples.resume
+    python examples/resume.py
 
 trains a net on handwritten digits with either wrapper, undisturbed and killed (SIGKILL, as by a
 scheduler or for want of memory) at random moments. Each time it is started again and goes on at
@@ -21,7 +21,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import tensorflow as tf
 
-from examples import digits
+from _common import (
+    add_count,
+    add_examples,
+    aligned,
+    check_batch_size,
+    check_multiple,
+    largest_difference,
+    load_digits,
+    shown_difference,
+)
 from gradient_accumulator_tf import (
     AtomicBackupAndRestore,
     GradientAccumulateModel,
@@ -120,7 +129,7 @@ def compile_for(way, args):
 
 
 def training_data(args):
-    return digits.load_data(args.examples)[0]
+    return load_digits(args.examples)[0]
 
 
 def train(way, saved_with, folder, args, connection):
@@ -189,7 +198,7 @@ def process_context():
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["examples.digits"])
+    context.set_forkserver_preload(["gradient_accumulator_tf"])
     return context
 
 
@@ -224,30 +233,26 @@ def table(results):
                 result["saved_with"],
                 str(result["kills"]),
                 str(result["resumed_in_mid_cycle"]),
-                digits.shown_difference(result["weight_difference"]),
+                shown_difference(result["weight_difference"]),
             )
         )
-    return digits.aligned(rows)
+    return aligned(rows)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(
         description="Kill trainings at random moments, resume them, and compare their weights."
     )
-    digits.add_count(parser, "--kills", 5, "how many times each training is killed")
-    digits.add_count(parser, "--epochs", 8, "passes over the training images")
-    digits.add_count(parser, "--batch-size", 128, "images per update")
-    digits.add_count(parser, "--micro-batch-size", 32, "images per forward and backward pass")
-    digits.add_count(parser, "--save-every", 3, "batches between two savings of the loop")
-    digits.add_count(parser, "--examples", 1797, "how many of the 1797 images to use")
-    digits.add_count(parser, "--seed", 1, "of the random moments")
+    add_count(parser, "--kills", 5, "how many times each training is killed")
+    add_count(parser, "--epochs", 8, "passes over the training images")
+    add_count(parser, "--batch-size", 128, "images per update")
+    add_count(parser, "--micro-batch-size", 32, "images per forward and backward pass")
+    add_count(parser, "--save-every", 3, "batches between two savings of the loop")
+    add_examples(parser)
+    add_count(parser, "--seed", 1, "of the random moments")
     args = parser.parse_args(argv)
-    if args.batch_size % args.micro_batch_size:
-        parser.error(
-            "--batch-size must be a multiple of --micro-batch-size. Received: "
-            f"{args.batch_size} and {args.micro_batch_size}."
-        )
-    digits.check_batch_size(parser, args)
+    check_multiple(parser, args)
+    check_batch_size(parser, args)
     return args
 
 
@@ -270,10 +275,10 @@ def main(argv=None):
                     "kills": sum(life["weights"] is None for life in lives),
                     "resumed_after_updates": max(updates for updates, _ in resumed),
                     "resumed_in_mid_cycle": sum(micro_step > 0 for _, micro_step in resumed),
-                    "weight_movement": digits.largest_difference(
+                    "weight_movement": largest_difference(
                         undisturbed["weights"], undisturbed["first_weights"]
                     ),
-                    "weight_difference": digits.largest_difference(
+                    "weight_difference": largest_difference(
                         undisturbed["weights"], lives[-1]["weights"]
                     ),
                 }

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import batch_norm, compile_time, memory, overhead
-from benchmarks.overhead import BUILT_IN, LARGE, LOOP, OPTIMIZER, PLAIN
+from benchmarks import _common, _meters, _rivals, batch_norm, compile_time, memory, overhead
+from benchmarks._rivals import BUILT_IN, LARGE, LOOP, OPTIMIZER, PLAIN
 
 TINY = {
-    "dense": overhead.dense_case(overhead.SGD, 4, 5, 6),
-    "convolutional": overhead.convolutional_case(overhead.SGD, 4, 4, (2,)),
-    "transformer": overhead.transformer_case(overhead.SGD, 4, 3, 8, 1),
-    "embedding": overhead.embedding_case(
-        overhead.ADAM, 4, rows=20, columns=3, length=2, reference=LOOP
+    "dense": _rivals.dense_case(_rivals.SGD, 4, 5, 6),
+    "convolutional": _rivals.convolutional_case(_rivals.SGD, 4, 4, (2,)),
+    "transformer": _rivals.transformer_case(_rivals.SGD, 4, 3, 8, 1),
+    "embedding": _rivals.embedding_case(
+        _rivals.ADAM, 4, rows=20, columns=3, length=2, reference=LOOP
     ),
 }
 
@@ -26,13 +26,12 @@ TINY = {
 @pytest.fixture
 def in_this_process(monkeypatch):
     """A process for each measurement takes minutes to start them all."""
-    for benchmark in (batch_norm, compile_time, overhead):
-        monkeypatch.setattr(benchmark, "in_own_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(_common, "in_own_process", lambda function, *args: function(*args))
 
 
 @pytest.fixture
 def tiny_cases(monkeypatch, in_this_process):
-    monkeypatch.setattr(overhead, "CASES", TINY)
+    monkeypatch.setattr(_rivals, "CASES", TINY)
 
 
 def rows_of(markdown):
@@ -47,8 +46,8 @@ def test_prints_a_ratio_for_each_rival_and_case(tiny_cases, capsys):
     printed = capsys.readouterr().out
     header, _, *rows = rows_of(printed)
     assert header == ["", *TINY]
-    rivals = [PLAIN, LARGE, BUILT_IN, LOOP, overhead.TENSOR_LOOP, OPTIMIZER]
-    rivals += [overhead.ACROSS_STEPS, overhead.WITHIN_STEP]
+    rivals = [PLAIN, LARGE, BUILT_IN, LOOP, _rivals.TENSOR_LOOP, OPTIMIZER]
+    rivals += [_rivals.ACROSS_STEPS, _rivals.WITHIN_STEP]
     assert [row[0] for row in rows] == [*rivals, f"seconds of {PLAIN}"]
     assert all(cell.startswith("1.00 (") for cell in rows[0][1:])
     assert "Warning" not in printed
@@ -78,21 +77,34 @@ def test_a_table_for_each_number_of_micro_batches(tiny_cases, capsys):
     assert printed.count(f"| {PLAIN} | 1.00 (") == 2
 
 
-@pytest.mark.parametrize("case", [*overhead.CASES.values(), *TINY.values()])
+@pytest.mark.parametrize("case", [*_rivals.CASES.values(), *TINY.values()])
 def test_a_case_can_go_to_a_process_of_its_own(case):
     rng = np.random.default_rng(0)
     assert pickle.loads(pickle.dumps(case)).inputs(rng, 2).shape[0] == 2
 
 
 def test_says_what_was_measured_on(monkeypatch):
-    on_cpu = overhead.machine()
+    on_cpu = _common.machine()
     assert re.search(r"TensorFlow 2\.\d+.*, Keras 3\..*, \d+ CPU cores, ", on_cpu)
     names = {"a": "Model X", "b": "Model X", "c": "Model Y"}
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(names))
     monkeypatch.setattr(
         tf.config.experimental, "get_device_details", lambda gpu: {"device_name": names[gpu]}
     )
-    assert overhead.machine().endswith(" CPU cores, 2 GPU (Model X), 1 GPU (Model Y)")
+    assert _common.machine().endswith(" CPU cores, 2 GPU (Model X), 1 GPU (Model Y)")
+
+
+def test_every_rival_comes_first_once():
+    orders = [_common.in_turn("abc", repeat) for repeat in range(4)]
+    assert ["".join(order) for order in orders] == ["abc", "bca", "cab", "abc"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_nan_is_the_largest_difference(place):
+    others = [np.zeros(2), np.zeros((2, 1)), np.zeros((0, 3))]
+    assert _common.largest_difference([np.ones(2), np.full((2, 1), -3.0), others[2]], others) == 3
+    others[place][0] = np.nan
+    assert np.isnan(_common.largest_difference([np.ones(2), np.ones((2, 1)), others[2]], others))
 
 
 def test_warns_of_rivals_that_train_something_else(tiny_cases, monkeypatch, capsys):
@@ -154,7 +166,7 @@ def seconds_of(rival_seconds):
 
 def test_compile_time_says_what_is_slow_and_what_grows():
     slow, growing = {"2": [3.0], "64": [3.0]}, {"2": [2.0], "64": [2.4]}
-    lines = compile_time.rules(seconds_of({OPTIMIZER: slow, overhead.WITHIN_STEP: growing}))
+    lines = compile_time.rules(seconds_of({OPTIMIZER: slow, _rivals.WITHIN_STEP: growing}))
     first, second, third = lines.splitlines()
     assert "plain fit? no (1.50); at accum_steps 64 no more than at 2? yes (1.00)" in first
     assert "plain fit? yes (1.00); at accum_steps 64 no more than at 2? yes (1.00)" in second
@@ -173,8 +185,8 @@ def test_compile_time_refuses_what_cannot_be_measured(capsys):
 )
 def test_memory_of_a_rival():
     make_case = functools.partial(memory.dense_case, layers=1, optimizer="SGD")
-    peak, parameters = memory.measure(make_case, 300, overhead.TENSOR_LOOP, 2, 2, False)
-    assert parameters == 4 * (300 * 301 + 301 * overhead.CLASSES)
+    peak, parameters = memory.measure(make_case, 300, _rivals.TENSOR_LOOP, 2, 2, False)
+    assert parameters == 4 * (300 * 301 + 301 * _rivals.CLASSES)
     assert peak > parameters
 
 
@@ -184,15 +196,15 @@ def test_memory_in_both_its_tables(monkeypatch, tmp_path, capsys):
         return bytes_of_batch + (0 if rival == PLAIN else 2 * 10**6), 10**6
 
     monkeypatch.setattr(memory, "measure_apart", measure_apart)
-    monkeypatch.setattr(memory, "check_meter", lambda parser: None)
+    monkeypatch.setattr(_meters, "check_meter", lambda parser: None)
     table, drawing = tmp_path / "memory.json", tmp_path / "memory.png"
     options = "--jit off --optimizers SGD --micro-batch-size 2 --effective-batches 2 8".split()
     memory.main([*options, "--json", str(table), "--plot", str(drawing)])
     saved = json.loads(table.read_text())
-    assert saved["setting"] == overhead.machine()
+    assert saved["setting"] == _common.machine()
     assert list(saved["batches"]) == list(memory.RIVALS)
     assert drawing.stat().st_size > 0
     rows = {row[0]: row[1:] for row in rows_of(capsys.readouterr().out)}
     assert rows[LARGE] == ["3", "6"]
-    assert rows[overhead.TENSOR_LOOP] == ["2.00"]  # of the second table, which comes last
+    assert rows[_rivals.TENSOR_LOOP] == ["2.00"]  # of the second table, which comes last
     assert rows[f"MB of {PLAIN}"] == ["1"]

@@ -1,6 +1,9 @@
 """The examples run, and come out as they say."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -9,6 +12,7 @@ from matplotlib.figure import Figure
 
 from examples import digits
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["--epochs", "2", "--examples", "150", "--batch-size", "64", "--micro-batch-size", "16"]
 
 
@@ -98,3 +102,46 @@ def test_digits_refuses_arguments(arguments, message, capsys):
         digits.main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_digits_refuses_to_plot_without_matplotlib(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import then fails
+    with pytest.raises(SystemExit):
+        digits.main(["--plot", str(tmp_path / "digits.png")])
+    assert "--plot needs matplotlib. Install it, or leave out --plot." in capsys.readouterr().err
+
+
+def test_rules_of_a_table():
+    rows = [("way", "loss"), ("a", "1.5"), ("b", "12.5")]
+    assert digits.aligned(rows, rules=(1, 2)).splitlines() == [
+        "way  loss",
+        "---  ----",
+        "a     1.5",
+        "---  ----",
+        "b    12.5",
+    ]
+
+
+RUN_ALL = """
+import runpy, sys
+folder, *scripts = sys.argv[1:]
+sys.path[0] = folder
+for script in scripts:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0
+"""
+
+
+def test_every_example_is_a_script(tmp_path, monkeypatch):
+    """It finds what it shares from any folder, and says how it is called."""
+    scripts = sorted(path for path in EXAMPLES.glob("*.py") if path.stem[0] != "_")
+    for script in scripts:
+        assert f"    python examples/{script.name}" in script.read_text()
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # it could hold the repository's root
+    command = [sys.executable, "-c", RUN_ALL, EXAMPLES, *scripts]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("usage: ") == len(scripts) == 8

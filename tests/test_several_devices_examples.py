@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parent.parent
 # Of 150 images 22 are held out, so 128 are left: two updates per epoch.
 SMALL = ["--examples", "150", "--batch-size", "64", "--micro-batch-size", "8"]
-COMMAND = [sys.executable, "-m", "examples.multi_worker", *SMALL]
+COMMAND = [sys.executable, "examples/multi_worker.py", *SMALL]
 
 
 def test_mirrored_devices_end_with_the_weights_of_one(capfd):

@@ -49,7 +49,11 @@ from gradient_accumulator_tf._keras.names import (
     variable_key,
 )
 from gradient_accumulator_tf._keras.optimizer_copies import copied_optimizer, rebuilt_optimizer
-from gradient_accumulator_tf._keras.patches import mend_fit_on_several_workers, route_loss_scaling
+from gradient_accumulator_tf._keras.patches import (
+    mend_fit_on_several_workers,
+    route_loss_scaling,
+    scaler_around,
+)
 from gradient_accumulator_tf._keras.substitutes import (
     activity_regularizers_by_rank,
     replaced_added_losses,
@@ -98,6 +102,7 @@ __all__ = [
     "replicas_agree",
     "replicas_need_no_merge_call",
     "route_loss_scaling",
+    "scaler_around",
     "set_backup_epoch",
     "set_keras_mask",
     "standardized_inputs",

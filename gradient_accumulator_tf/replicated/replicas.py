@@ -56,6 +56,27 @@ def sum_over_replicas(tensors):
     return tf.nest.pack_sequence_as(tensors, flat)
 
 
+def undo_averaging(value):
+    """`value` times the number of replicas.
+
+    Under a strategy Keras divides every mean, and so its gradient, by the number of replicas, since
+    it adds the gradients up over them. A mean that is weighed by this replica's own examples must
+    not be divided.
+
+    Args:
+        value: Number or scalar tensor.
+    """
+    return value * number_of_replicas()
+
+
+def on_average_replica(total):
+    """A sum over all replicas divided by their number; None stays None.
+
+    It is the share in which Keras divides means: see `undo_averaging`.
+    """
+    return None if total is None else total / number_of_replicas()
+
+
 def check_strategy():
     """Raises ValueError if nothing here can work under the strategy in force."""
     strategy = tf.distribute.get_strategy()

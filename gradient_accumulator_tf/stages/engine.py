@@ -9,14 +9,14 @@ outputs receive two cotangents: what later stages found for the same example, an
 send back from all examples.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from gradient_accumulator_tf.cycle.gradients import add_to_sums, overwritten_of, zero_sums
+from gradient_accumulator_tf.cycle.gradients import Summand
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
+from gradient_accumulator_tf.cycle.rules import Summation
 from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
 from gradient_accumulator_tf.stages.cuts import cut
 from gradient_accumulator_tf.stages.graph import flat_graph
@@ -284,18 +284,19 @@ class _State:
 
         def summed(*args):
             found = step(*args)
-            groups = [] if found.gradients is None else [(found.gradients, None)]
+            groups = [] if found.gradients is None else [Summand(found.gradients)]
             return (groups, found.sums), list(found.kept), found.result
 
-        (groups, sums), kept, result = sum_over_micro_batches(
+        summation = Summation(variables)
+        (sums, others), kept, result = sum_over_micro_batches(
             summed,
             self._parts[part],
             self._micro_batch_size,
-            zeros=lambda summands: zero_sums(summands, variables),
-            add=functools.partial(add_to_sums, overwritten=overwritten_of(variables)),
-            kept=kept,
+            summation.zeros,
+            summation.add,
+            kept,
         )
-        return _Pass(groups[0][0] if groups else None, sums, kept, result)
+        return _Pass(sums[0].gradients if sums else None, others, kept, result)
 
 
 class _Sources:

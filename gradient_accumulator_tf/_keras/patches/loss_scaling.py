@@ -39,8 +39,8 @@ _OF_A_CYCLE = (
 def route_loss_scaling(accumulating):
     """Changes `LossScaleOptimizer` around optimizers of the class `accumulating`.
 
-    It hands gradients on to the accumulating optimizer, which calls it back at the update, and it
-    saves what it would save around the innermost optimizer. A second call changes nothing.
+    It hands gradients on to the accumulating optimizer, which uses `scaler_around` at the update.
+    It saves what it would save around the innermost optimizer. A second call changes nothing.
     """
     cls = keras.optimizers.LossScaleOptimizer
 
@@ -52,7 +52,7 @@ def route_loss_scaling(accumulating):
 
     def apply(original, self, grads, trainable_variables=None):
         inner = self.inner_optimizer
-        if not isinstance(inner, accumulating) or inner.is_updating:
+        if not isinstance(inner, accumulating):
             original(self, grads, trainable_variables)
             return
         if not self.built:
@@ -82,6 +82,22 @@ def route_loss_scaling(accumulating):
     for name in _OF_A_CYCLE:
         setattr(cls, name, _passed_on(name, accumulating))
     cls.accum_steps = _passed_on_accum_steps(accumulating)
+
+
+def scaler_around(scaler, optimizer):
+    """A `LossScaleOptimizer` with the variables of `scaler`, around another inner optimizer.
+
+    The inner optimizer of `scaler` is an accumulating one. At an update, the scaler has to act on
+    the optimizer inside that one. The result is used for one update, or for the trace of one.
+
+    Args:
+        scaler: A built `LossScaleOptimizer`.
+        optimizer: The inner optimizer of the result.
+    """
+    around = object.__new__(type(scaler))
+    vars(around).update(vars(scaler))
+    vars(around)["inner_optimizer"] = optimizer
+    return around
 
 
 def _own_variables(scaler):
