@@ -11,12 +11,9 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf._installation import version_tuple
-from gradient_accumulator_tf._keras.names import (
-    all_layers,
-    assign_on_replica,
-    innermost,
-    replica_local,
-)
+from gradient_accumulator_tf._keras.execution import assign_on_replica, replica_local
+from gradient_accumulator_tf._keras.layers import all_layers
+from gradient_accumulator_tf._keras.optimizers import innermost
 from gradient_accumulator_tf._keras.substitutions import SUBSTITUTIONS
 
 
