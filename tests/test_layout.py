@@ -22,15 +22,13 @@ FLOORS = [
 ]
 
 
-def imported_floors(source):
+def imported_floors(source, package="gradient_accumulator_tf"):
     """The names right below the package that a module's source imports."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "gradient_accumulator_tf":
+        if isinstance(node, ast.ImportFrom) and node.module == package:
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            package, *rest = node.module.split(".")
-            if package == "gradient_accumulator_tf":
-                yield rest[0]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+            yield node.module.removeprefix(f"{package}.").split(".")[0]
 
 
 def test_every_module_imports_downwards_only():
@@ -44,6 +42,39 @@ def test_every_module_imports_downwards_only():
         for imported in imported_floors(path.read_text()):
             if imported not in FLOORS[: FLOORS.index(floor) + 1]:
                 upwards.append(f"{path.relative_to(PACKAGE)} imports {imported}")
+    assert not upwards
+
+
+# The modules of `_keras`, likewise.
+KERAS_FLOORS = [
+    "training",
+    "layers",
+    "optimizers",
+    "execution",
+    "graphs",
+    "layer_pairs",
+    "model_copies",
+    "optimizer_copies",
+    "substitutions",
+    "substitutes",
+    "patches",
+    "wrapping",
+]
+
+
+def test_modules_of_keras_import_each_other_downwards_only():
+    folder, upwards = PACKAGE / "_keras", []
+    places = {path.name.removesuffix(".py") for path in folder.iterdir()}
+    assert places - {"__init__", "__pycache__"} == set(KERAS_FLOORS)
+    for path in folder.rglob("*.py"):
+        floor = path.relative_to(folder).parts[0].removesuffix(".py")
+        if floor == "__init__":
+            continue
+        source = path.read_text()
+        assert "gradient_accumulator_tf import _keras" not in source  # siblings, not the facade
+        for imported in imported_floors(source, "gradient_accumulator_tf._keras"):
+            if imported not in KERAS_FLOORS[: KERAS_FLOORS.index(floor) + 1]:
+                upwards.append(f"{path.relative_to(folder)} imports {imported}")
     assert not upwards
 
 
