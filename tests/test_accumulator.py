@@ -51,12 +51,12 @@ def test_weighted_mean_of_any_micro_batches(micro_batches):
     array = np.array(micro_batches, "float64")
     total = array[:, 2].sum()
     expected = array[:, 2] @ array[:, :2] / total if total else np.zeros(2)
-    mean = [float(np.squeeze(m)) for m in accumulator.take_result([0, 1])[0]]
+    mean = [float(np.squeeze(m)) for m in accumulator.finish([0, 1])[0]]
     np.testing.assert_allclose(mean, expected, rtol=1e-12, atol=1e-12)
     assert int(accumulator.micro_step) == len(micro_batches)
     accumulator.reset()
     assert int(accumulator.micro_step) == 0
-    assert [float(np.squeeze(m)) for m in accumulator.take_result([0, 1])[0]] == [0.0, 0.0]
+    assert [float(np.squeeze(m)) for m in accumulator.finish([0, 1])[0]] == [0.0, 0.0]
 
 
 @settings(max_examples=25, deadline=None)
@@ -73,9 +73,7 @@ def test_each_group_has_its_own_denominator_and_sums_have_none(micro_batches):
     expected = c.sum()
     for gradients, w in ((a, weight_a), (b, weight_b)):
         expected += gradients @ w / w.sum() if w.sum() else 0.0
-    np.testing.assert_allclose(
-        float(accumulator.take_result([0])[0][0]), expected, rtol=1e-9, atol=1e-9
-    )
+    np.testing.assert_allclose(float(accumulator.finish([0])[0][0]), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_state_round_trip_restores_every_group():

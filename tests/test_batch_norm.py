@@ -10,7 +10,7 @@ from gradient_accumulator_tf import (
     GradientAccumulateModel,
     GradientAccumulateOptimizer,
 )
-from gradient_accumulator_tf.batch_norm.layer import pooled_moments
+from gradient_accumulator_tf.batch_norm.moments import pooled_moments
 from tests.oracle import difference, mirrored, regression_data
 
 
@@ -117,16 +117,35 @@ def test_normalises_by_the_micro_batch():
         )
 
 
-def test_gradients_are_kerass():
-    x = np.random.default_rng(0).normal(3.0, 2.0, size=(4, 6)).astype("float32")
-    gradients = []
-    for layer in (AccumBatchNorm(accum_steps=3), keras.layers.BatchNormalization()):
-        inputs = tf.constant(x)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize(
+    "policy", ["float32", "float64", "float16", "mixed_float16", "mixed_bfloat16"]
+)
+def test_outputs_and_gradients_are_kerass_bit_for_bit(policy, axis, masked):
+    if masked and axis == 1:
+        pytest.skip("Keras's masks lack the last axis")
+    x = np.random.default_rng(0).normal(3.0, 2.0, size=(4, 6, 5))
+    mask = tf.constant(np.arange(24).reshape(4, 6) % 3 > 0) if masked else None
+    results = []
+    for make in (AccumBatchNorm, keras.layers.BatchNormalization):
+        layer = make(
+            axis=axis, dtype=policy, **({"accum_steps": 3} if make is AccumBatchNorm else {})
+        )
+        inputs = tf.constant(x, layer.compute_dtype)
         with tf.GradientTape() as tape:
             tape.watch(inputs)
-            loss = tf.reduce_sum(layer(inputs, training=True) ** 3)
-        gradients.append(tape.gradient(loss, [inputs, *layer.trainable_variables]))
-    assert difference(*gradients) == 0.0
+            outputs = layer(inputs, training=True, mask=mask)
+            loss = tf.reduce_sum(outputs**3)
+        gradients = tape.gradient(loss, [inputs, *layer.trainable_variables])
+        results.append([tf.cast(t, tf.float64).numpy() for t in (outputs, *gradients)])
+        assert outputs.dtype == layer.compute_dtype
+    assert difference(*results) == 0.0
+
+
+def test_a_mask_of_another_rank_is_refused():
+    with pytest.raises(ValueError, match="`mask` must have one dimension less"):
+        AccumBatchNorm(accum_steps=2)(tf.ones((4, 6, 5)), training=True, mask=tf.ones((4,), bool))
 
 
 def test_one_step_is_kerass_layer_bit_for_bit():

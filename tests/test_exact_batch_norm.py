@@ -7,7 +7,9 @@ import tensorflow as tf
 from keras import layers
 
 from gradient_accumulator_tf import AccumBatchNorm, GradientAccumulateModel
-from gradient_accumulator_tf.stages.cuts import cut, flat_graph
+from gradient_accumulator_tf.stages.batch_norm import BATCH_NORM
+from gradient_accumulator_tf.stages.cuts import cut
+from gradient_accumulator_tf.stages.graph import flat_graph
 from tests.oracle import KERAS, difference, mirrored, state_of
 
 # Five updates of 16, 16, 5 examples and so on: the last micro-batch of 3 is smaller, in two sizes.
@@ -615,7 +617,7 @@ def test_a_cycle_that_is_not_finite_is_dropped_whole(float64):
 
 def test_cheap_operations_are_computed_again_rather_than_kept():
     def kept(make_model):
-        return sum(len(stage.keeps) for stage in cut(flat_graph(make_model())))
+        return sum(len(stage.keeps) for stage in cut(flat_graph(make_model(), BATCH_NORM)))
 
     # A batch norm's input each, and nothing else: activations and sums are computed again.
     assert kept(conv_net) == 3
@@ -630,7 +632,7 @@ def test_what_is_computed_again_does_not_grow_with_depth():
         for _ in range(blocks):
             y = _bn()(layers.Conv2D(3, 3, padding="same")(x))
             x = layers.ReLU()(layers.Add()([x, y]))
-        return cut(flat_graph(keras.Model(inputs, layers.Flatten()(x))))
+        return cut(flat_graph(keras.Model(inputs, layers.Flatten()(x)), BATCH_NORM))
 
     longest = [max(len(stage.nodes) for stage in chain(blocks)) for blocks in (6, 12)]
     assert longest[0] == longest[1] <= 8

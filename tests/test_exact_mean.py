@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from gradient_accumulator_tf.cycle.losses import denominator
-from gradient_accumulator_tf.models.accumulate import _Effective
+from gradient_accumulator_tf.cycle.loss_recorder import denominator
+from gradient_accumulator_tf.models.micro_step import Effective, run_micro_step
 from tests.oracle import dense_model, difference, regression_data
 
 REDUCTIONS = ["sum_over_batch_size", "mean", "mean_with_sample_weight"]
@@ -237,7 +237,7 @@ def _two_heads(masked=(), losses=("mean", "mean"), regularizer=None):
 )
 def test_gradient_buffers_are_as_many_as_the_page_says(arguments, weighted, within, across):
     x = tf.constant([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]])
-    known = _Effective(total=tf.constant(4.0, tf.float64), weighed=None)
+    known = Effective(total=tf.constant(4.0, tf.float64), weighed=None)
     for effective, expected in ((known, within), (None, across)):
         net, losses = _two_heads(**arguments)
         mode = {"accum_steps": 2} if effective is None else {"micro_batch_size": 2}
@@ -246,4 +246,4 @@ def test_gradient_buffers_are_as_many_as_the_page_says(arguments, weighted, with
         y = [tf.ones((2, 5, 1))] * len(losses)
         data = (x, y, [tf.ones((2, 5))] * len(losses) if weighted else None)
         model._symbolic_build(data_batch=data)
-        assert len(model._micro_step(data, effective).groups) == expected
+        assert len(run_micro_step(model, data, effective).contributions) == expected

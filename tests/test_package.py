@@ -1,5 +1,6 @@
 """The package as it is imported: its public names, and where it must refuse to be."""
 
+import configparser
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import keras
 import pytest
 
 import gradient_accumulator_tf
+from gradient_accumulator_tf import _installation
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +54,18 @@ def test_older_versions_are_refused(monkeypatch, package, version, message):
     monkeypatch.setattr(module, "__version__", version)
     with pytest.raises(ImportError, match=message):
         check_installation()
+
+
+def test_the_metadata_has_the_supported_versions():
+    metadata = configparser.ConfigParser()
+    metadata.read(ROOT / "setup.cfg")
+    required = metadata["options"]["install_requires"].split()
+    for package, oldest, newest in (
+        ("tensorflow", _installation.OLDEST_TENSORFLOW, _installation.NEWEST_TENSORFLOW),
+        ("keras", _installation.OLDEST_KERAS, _installation.NEWEST_KERAS),
+    ):
+        bounds = f">={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"
+        assert f"{package}{bounds}" in required
 
 
 def _snippets():

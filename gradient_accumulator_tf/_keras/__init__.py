@@ -1,8 +1,26 @@
-"""All that we use of Keras's and TensorFlow's private API, and nothing else.
+"""All that the package uses of Keras's and TensorFlow's private API, and nothing else.
 
-The rest of the package asks here, by `_keras.name(...)`, and uses no private name itself.
+The rest of the package calls `_keras.name(...)` and uses no private name itself. A docstring names
+the private API that its function uses. All of it was run on every version in `_installation.py`,
+from the oldest to the newest, so a docstring names a version only where versions differ.
+
+Modules here import each other directly, and in this order only:
+
+- `training`, `layers`, `optimizers`, `execution`: one-line accessors.
+- `graphs`: reading functional graphs, and replacing layers.
+- `layer_pairs`, `model_copies`, `optimizer_copies`: copies of models and optimizers.
+- `substitutions`, `substitutes`: changes that last for a `with` block.
+- `patches`: changes that last.
+- `wrapping`: private questions that a model wrapper answers for the model in it.
 """
 
+from gradient_accumulator_tf._keras.execution import (
+    assign_on_replica,
+    compiles_with_xla,
+    is_parameter_server,
+    replica_local,
+    replicas_need_no_merge_call,
+)
 from gradient_accumulator_tf._keras.graphs import (
     Graph,
     GraphNode,
@@ -18,46 +36,52 @@ from gradient_accumulator_tf._keras.graphs import (
     replace_layers,
     standardized_inputs,
 )
-from gradient_accumulator_tf._keras.names import (
-    TRAINER_ATTRIBUTES,
+from gradient_accumulator_tf._keras.layers import (
     adopt_call_arguments,
     all_layers,
-    assign_on_replica,
-    build_for_training,
+    batch_moments,
     call_has_training_argument,
-    clear_added_losses,
-    compile_arguments,
-    compiles_with_xla,
-    compute_loss,
-    gradients_over_replicas,
-    innermost,
-    is_parameter_server,
     keras_mask,
-    moving_averages,
     outside_graph,
-    per_output_loss_metrics,
-    replica_local,
-    replicas_need_no_merge_call,
-    set_backup_epoch,
     set_keras_mask,
-    strategy_of,
     sublayers,
-    track_loss,
-    trainer_methods,
-    use_backup_folder,
-    variable_key,
 )
 from gradient_accumulator_tf._keras.optimizer_copies import copied_optimizer, rebuilt_optimizer
-from gradient_accumulator_tf._keras.patches import mend_fit_on_several_workers, route_loss_scaling
+from gradient_accumulator_tf._keras.optimizers import (
+    gradients_over_replicas,
+    innermost,
+    moving_averages,
+    strategy_of,
+    variable_key,
+)
+from gradient_accumulator_tf._keras.patches import (
+    mend_fit_on_several_workers,
+    route_loss_scaling,
+    scaler_around,
+)
 from gradient_accumulator_tf._keras.substitutes import (
     activity_regularizers_by_rank,
     replaced_added_losses,
     replaced_losses,
     replicas_agree,
 )
+from gradient_accumulator_tf._keras.training import (
+    TRAINER_ATTRIBUTES,
+    build_for_training,
+    clear_added_losses,
+    compile_arguments,
+    compute_loss,
+    per_output_loss_metrics,
+    set_backup_epoch,
+    track_loss,
+    trainer_methods,
+    use_backup_folder,
+)
+from gradient_accumulator_tf._keras.wrapping import AnswersForModel
 
 __all__ = [
     "TRAINER_ATTRIBUTES",
+    "AnswersForModel",
     "Graph",
     "GraphNode",
     "activity_regularizers_by_rank",
@@ -65,6 +89,7 @@ __all__ = [
     "all_layers",
     "assign_on_replica",
     "attributes_of",
+    "batch_moments",
     "become",
     "build_for_training",
     "call_has_training_argument",
@@ -96,6 +121,7 @@ __all__ = [
     "replicas_agree",
     "replicas_need_no_merge_call",
     "route_loss_scaling",
+    "scaler_around",
     "set_backup_epoch",
     "set_keras_mask",
     "standardized_inputs",

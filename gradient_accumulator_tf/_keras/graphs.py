@@ -1,17 +1,16 @@
-"""Functional graphs: to read them, and to replace layers in a model."""
+"""Functional graphs, and the layers that a model or layer holds."""
 
 from typing import Any, NamedTuple
 
 import keras
 
-from gradient_accumulator_tf._keras.names import keras_mask, sublayers
+from gradient_accumulator_tf._keras.layers import keras_mask, sublayers
 
 
 def is_functional(model):
     """Whether a model is a graph of layers that `clone_model` can rebuild.
 
-    `keras.src.models.functional.Functional` (Keras 3.8 to 3.15), which has no public name. A
-    Sequential is one as well.
+    `keras.src.models.functional.Functional`. A Sequential model counts too.
     """
     from keras.src.models.functional import Functional
 
@@ -23,7 +22,7 @@ def own_attributes(model, plain):
 
     Args:
         model: A functional or Sequential model of a class of its own.
-        plain: A model of Keras's class, for what Keras itself keeps (Keras 3.8 to 3.15).
+        plain: A model of Keras's class. Its attributes are those that Keras itself sets.
     """
     compiled = keras.Sequential([keras.Input((1,))])
     compiled.compile("sgd", "mse")
@@ -39,8 +38,14 @@ def own_attributes(model, plain):
 def become(model, cls, attributes, layers):
     """Makes a functional model one of a subclass of its class, without calling a constructor.
 
-    Past `Layer.__setattr__`, as a layer that is built takes no new ones; and with `Layer._layers`
-    (both Keras 3.8 to 3.15), whose order, that of the constructor, is the order of the weights.
+    Attributes are set past `Layer.__setattr__`, because a built layer accepts no new layers. The
+    order of `Layer._layers` is the order of the weights. The constructor would have made it.
+
+    Args:
+        model: The model.
+        cls: The subclass.
+        attributes: Dict of the attributes to add.
+        layers: List of the layers in their order.
     """
     model.__class__ = cls
     vars(model).update(attributes)
@@ -50,7 +55,7 @@ def become(model, cls, attributes, layers):
 def is_plain_functional(layer):
     """Whether a layer is a functional or Sequential model with Keras's own `call`.
 
-    `keras.src.models.functional.Functional` (Keras 3.8 to 3.15); see `is_functional`.
+    `keras.src.models.functional.Functional`.
     """
     from keras.src.models.functional import Functional
 
@@ -58,7 +63,15 @@ def is_plain_functional(layer):
 
 
 class GraphNode(NamedTuple):
-    """One call in a functional model; tensors are told apart by their `id`."""
+    """One call in a functional model. Tensors are identified by their `id`.
+
+    Attributes:
+        operation: The layer or operation that is called.
+        fill_in: Function that takes a dict of tensors and returns args and kwargs of the call.
+        inputs: List of ids.
+        outputs: List of ids.
+        has_mask: Whether an input or output has a mask.
+    """
 
     operation: Any
     fill_in: Any
@@ -68,7 +81,13 @@ class GraphNode(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """The calls of a functional model, in the order in which it makes them."""
+    """The calls of a functional model, in the order in which it makes them.
+
+    Attributes:
+        inputs: List of ids of tensors.
+        nodes: List of `GraphNode`.
+        outputs: List of ids of tensors.
+    """
 
     inputs: list
     nodes: list
@@ -78,8 +97,8 @@ class Graph(NamedTuple):
 def graph_of(model):
     """The `Graph` of a built functional or Sequential model.
 
-    `Function._nodes_by_depth`, `Node.arguments.fill_in` and `Sequential._functional` (Keras 3.8 to
-    3.15), by which Keras itself runs such models; `fill_in` takes a dict of tensors by `id`.
+    `Function._nodes_by_depth`, `Node.arguments.fill_in` and `Sequential._functional`, with which
+    Keras itself runs such models. `fill_in` takes a dict of tensors by `id`.
     """
     functional = model._functional if isinstance(model, keras.Sequential) else model
     nodes = [
@@ -100,17 +119,20 @@ def graph_of(model):
 def standardized_inputs(model, inputs):
     """Flat list of tensors in the order and with the dtypes of a functional model's `inputs`.
 
-    `Functional._standardize_inputs` (Keras 3.8 to 3.15), which its `call` begins with.
+    `Functional._standardize_inputs`, the first step of its `call`.
     """
     functional = model._functional if isinstance(model, keras.Sequential) else model
     return functional._standardize_inputs(inputs)
 
 
 def packed_outputs(model, outputs):
-    """A functional model's outputs in the structure that its `call` returns them in.
+    """A functional model's outputs in the structure in which its `call` returns them.
 
-    `Functional._outputs_struct` and `unpack_singleton` (Keras 3.8 to 3.15), which its `call` ends
-    with.
+    `Functional._outputs_struct` and `unpack_singleton`, the last step of its `call`.
+
+    Args:
+        model: A functional or Sequential model.
+        outputs: Flat list in the order of its `outputs`.
     """
     from keras.src.models.functional import unpack_singleton
 
@@ -119,23 +141,22 @@ def packed_outputs(model, outputs):
 
 
 def held_layers(layer):
-    """The layers that `replace_layers` reaches: attributes, and lists, tuples and dicts there."""
+    """List of the layers that `replace_layers` can replace, from `held_layers_by_path`."""
     return list(held_layers_by_path(layer).values())
 
 
 def held_layers_by_path(layer):
-    """Dict of the layers in `layer`'s attributes, and in lists, tuples and dicts there, by path.
+    """Dict of the layers in a layer's attributes, and in lists, tuples and dicts there, by path.
 
-    A path is a tuple of the attribute's name and the places in it. Without those in which Keras
-    and TensorFlow list what was ever assigned: `Layer._layers` (Keras 3.8 to 3.15) and names that
-    begin with `_self_` (TensorFlow 2.16 to 2.21).
+    A path is a tuple of the attribute's name and the keys below it. `Layer._layers` and names that
+    begin with `_self_` are left out: there Keras and TensorFlow list all that was ever assigned.
     """
     attributes = _attributes(layer).items()
     return {path: held for name, value in attributes for path, held in _layers_in(value, (name,))}
 
 
 def attributes_of(layer):
-    """Dict of a layer's attributes, without what Keras and TensorFlow list; see `held_layers`."""
+    """Dict of a layer's attributes, without those in which Keras and TensorFlow list them."""
     return _attributes(layer)
 
 
@@ -156,10 +177,10 @@ def _layers_in(value, path):
 
 
 def replace_layers(layer, replacements):
-    """Puts other layers in place of some that `layer` holds, at the same place in its `layers`.
+    """Replaces layers that a layer holds, each at the same place in its `layers`.
 
-    `Layer._tracker` (Keras 3.8 to 3.15): a layer that is built takes no new layers, and assigning
-    another one to an attribute leaves the first among the layers that are trained and saved.
+    `Layer._tracker`. A built layer accepts no new layers. Before that, assigning a layer to an
+    attribute leaves the one before among the layers that are trained and saved.
 
     Args:
         layer: A layer or subclassed model, built or not.
@@ -187,7 +208,7 @@ def _with_replaced(value, replacements):
     elif isinstance(value, tuple):
         items = [_with_replaced(item, replacements) for item in value]
         if any(new is not old for new, old in zip(items, value, strict=True)):
-            # Of the tuple's own class: what TensorFlow puts in its place has another `type`.
+            # Not `type`: TensorFlow wraps tuples, and only `__class__` is the tuple's own class.
             kind = value.__class__
             return kind(*items) if hasattr(value, "_fields") else kind(items)
     return value

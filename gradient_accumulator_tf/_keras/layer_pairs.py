@@ -1,30 +1,35 @@
-"""Which layer of a copy stands for which of a model, and which variable for which."""
+"""The pairs of a model's layers and variables with those of its copy."""
 
 import keras
 
-from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._keras.graphs import (
+    held_layers_by_path,
+    is_functional,
+    is_plain_functional,
+)
+from gradient_accumulator_tf._keras.layers import sublayers
 
 
 def paired_layers(old, new, same_classes=True):
-    """The layers in a model or layer with those that stand for them in another of its kind.
+    """Pairs the layers in a model or layer with those in another one of its kind.
 
-    A layer in a graph is known again by its name, or by its place in the graph where another call
-    of the same function named all layers anew. Any other layer is known by the attribute that
-    holds it. What is held in several places must be one layer in both.
+    Layers in a graph are paired by their name. If the names differ, because Keras named the layers
+    anew, they are paired by their place in the graph. Other layers are paired by the attribute that
+    holds them. A layer that is held in several places must be one layer in both.
 
     Args:
         old: A model or layer.
         new: The other one. Layers in it are built as those of `old` are.
-        same_classes: Whether those that are paired must have one class.
+        same_classes: Whether the two of a pair must be of one class.
 
     Returns:
-        List of tuples (layer of `old`, layer of `new`), each once: the two themselves, then what
-        is in them.
+        List of tuples (layer of `old`, layer of `new`), each once: first the two themselves, then
+        the layers in them.
 
     Raises:
         ValueError: If a layer in one has none in the other, with their names.
     """
-    # By `id`: the pair of each layer of `old`, and what each of `new` stands for.
+    # By `id`: the pair of each layer of `old`, and the layer of `old` for each of `new`.
     pairs, taken = {}, {}
 
     def pair(old, new, path):
@@ -49,16 +54,16 @@ def paired_layers(old, new, same_classes=True):
 
 
 def paired_variables(layers):
-    """The variables of paired layers, random states too.
+    """Pairs the variables of paired layers, random states too.
 
     Args:
-        layers: What `paired_layers` returned.
+        layers: List of tuples, from `paired_layers`.
 
     Returns:
         List of tuples (variable of the first, variable of the second), each once.
 
     Raises:
-        ValueError: If two layers have not the same variables, with their names.
+        ValueError: If the variables of two layers differ, with their names.
     """
     pairs, seen = [], set()
     for old, new in layers:
@@ -71,11 +76,11 @@ def paired_variables(layers):
 
 def _are_plain_graphs(*layers):
     """Whether layers are graphs with Keras's own `call`, of whatever class."""
-    return all(map(_keras.is_plain_functional, layers))
+    return all(map(is_plain_functional, layers))
 
 
 def _build_like(old, new):
-    """Builds `new` as `old` is, where that is not left to what is in them."""
+    """Builds `new` as `old` is built, if its class has a `build` of its own."""
     own_build = type(old).build not in (keras.Layer.build, keras.Model.build)
     if own_build and old.built and not new.built:
         config = old.get_build_config()
@@ -84,24 +89,24 @@ def _build_like(old, new):
 
 
 def _children(old, new, path):
-    """Tuples (name, layer directly in `old`, the one for it in `new`)."""
+    """List of tuples (name, layer directly in `old`, layer directly in `new`)."""
     keys, others = _keyed_children(old), _keyed_children(new)
-    if _keras.is_functional(old) and _keras.is_functional(new):
+    if is_functional(old) and is_functional(new):
         graphs = _graph_layers(old), _graph_layers(new)
         names = [[layer.name for layer in graph] for graph in graphs]
         same_names = sorted(names[0]) == sorted(names[1])
         for known, graph in zip((keys, others), graphs, strict=True):
             for i, layer in enumerate(graph):
                 known["graph", layer.name if same_names else i] = layer
-    found, left = [], _without_inputs(_keras.sublayers(old))
-    missing = _without_inputs(_keras.sublayers(new))
+    found, left = [], _without_inputs(sublayers(old))
+    missing = _without_inputs(sublayers(new))
     for key in keys:
         if key in others:
             a, b = keys[key], others[key]
             found.append((a.name, a, b))
             left = [v for v in left if v is not a]
             missing = [v for v in missing if v is not b]
-    # What no attribute holds (any more): its name or its class must tell.
+    # Layers that no attribute holds (any more) are paired by class and name, or by class alone.
     for tell in (lambda v: (type(v), v.name), type):
         for a in list(left):
             like = [[v for v in vs if tell(v) == tell(a)] for vs in (left, missing)]
@@ -122,10 +127,10 @@ def _children(old, new, path):
 
 def _keyed_children(layer):
     """Dict of the layers directly in a layer by each of the attributes that hold them."""
-    direct = {id(v) for v in _keras.sublayers(layer)}
+    direct = {id(v) for v in sublayers(layer)}
     return {
         path: held
-        for path, held in _keras.held_layers_by_path(layer).items()
+        for path, held in held_layers_by_path(layer).items()
         if id(held) in direct and not isinstance(held, keras.layers.InputLayer)
     }
 
@@ -135,15 +140,14 @@ def _graph_layers(model):
 
 
 def _without_inputs(layers):
-    """The layers but for those that only stand for an input: no state, and names of their own."""
+    """The layers without `InputLayer`s, which have no state, and names that Keras counts up."""
     return [v for v in layers if not isinstance(v, keras.layers.InputLayer)]
 
 
 def _own_variables(old, new):
-    """The pairs of the variables that are not those of a layer within."""
+    """Pairs of the two layers' own variables, without those of the layers in them."""
     inner = [
-        {id(v) for sublayer in _keras.sublayers(layer) for v in sublayer.variables}
-        for layer in (old, new)
+        {id(v) for sublayer in sublayers(layer) for v in sublayer.variables} for layer in (old, new)
     ]
     own = [
         [v for v in layer.variables if id(v) not in ids]

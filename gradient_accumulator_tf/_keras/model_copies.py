@@ -1,14 +1,19 @@
-"""Copies of layers and models, with the same state and no part in common."""
+"""Copies of layers and models, with the same state, that share nothing with the originals."""
 
 import contextlib
 
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._keras.graphs import (
+    held_layers_by_path,
+    is_functional,
+    is_plain_functional,
+)
 from gradient_accumulator_tf._keras.layer_pairs import paired_layers, paired_variables
+from gradient_accumulator_tf._keras.layers import all_layers
 
-_RUN_IN_TRAINING = (
+_TRAINING_METHODS = (
     "train_step",
     "make_train_function",
     "train_on_batch",
@@ -22,8 +27,8 @@ def copy_layer(layer):
     """A layer like `layer`, with other weights."""
     config = layer.get_config()
     if isinstance(layer, keras.layers.Lambda):
-        # Its config holds the function's byte code, which newer Keras does not load, without
-        # what the function refers to.
+        # Its config holds the function's byte code. That lacks the values the function refers to,
+        # and newer Keras refuses to load it.
         config["function"] = layer.function
         if callable(layer.mask):
             config["mask"] = layer.mask
@@ -35,11 +40,11 @@ def copy_layer(layer):
 
 @contextlib.contextmanager
 def as_uncompiled(model):
-    """Within this context a model, and those in it, pass for not compiled.
+    """Within this context a model and the models in it count as not compiled.
 
-    `keras.models.clone_model` of newer Keras would compile the clone as well, by way of a config.
+    Otherwise `keras.models.clone_model` of newer Keras compiles the clone too, through a config.
     """
-    compiled = [v for v in _keras.all_layers(model) if getattr(v, "compiled", False)]
+    compiled = [v for v in all_layers(model) if getattr(v, "compiled", False)]
     for m in compiled:
         m.compiled = False
     try:
@@ -57,14 +62,14 @@ def copy_model(model, x):
         x: Inputs to build the copy with.
 
     Returns:
-        The copy, and what `carry_state` returns.
+        The copy, and the list of pairs of variables that `carry_state` returns.
 
     Raises:
         ValueError: If it cannot be copied through its config.
     """
-    classes = {type(layer).__name__: type(layer) for layer in _keras.all_layers(model)}
+    classes = {type(layer).__name__: type(layer) for layer in all_layers(model)}
     ways = [lambda: type(model).from_config(model.get_config())]
-    if _keras.is_functional(model):
+    if is_functional(model):
         ways.insert(0, lambda: _clone(model, {}))
     errors = []
     for way in ways:
@@ -74,7 +79,7 @@ def copy_model(model, x):
             if type(copy) is not type(model) and not _trains_as_its_graph(model):
                 raise TypeError(f"it is a {type(copy).__name__}.")
             return copy, carry_state(model, copy, x)
-        except Exception as error:  # whatever a layer's methods raise
+        except Exception as error:  # a layer's methods may raise anything
             errors.append(error)
     found = dict.fromkeys(f"{type(error).__name__}: {error}" for error in errors)
     raise ValueError(
@@ -86,7 +91,7 @@ def copy_model(model, x):
 
 
 def carry_state(old, new, x):
-    """Gives a model the weights, random states and `trainable` of another of the same kind.
+    """Copies weights, random states and `trainable` from a model to another of its kind.
 
     Args:
         old: A built model.
@@ -97,12 +102,13 @@ def carry_state(old, new, x):
         List of tuples (variable of `old`, variable of `new`).
 
     Raises:
-        ValueError: If the two have not the same layers and variables, with their names.
+        ValueError: If the layers or variables of the two differ, with their names.
     """
     if not new.built:
         new(tf.nest.map_structure(tf.convert_to_tensor, x))
     layers = paired_layers(old, new)
-    # A layer's flag is set on all that is in it, and what is in it may be in others as well.
+    # Setting a layer's flag sets it on all layers in it, and these may be in other layers too. So
+    # it takes several rounds until all flags are right.
     for _ in layers:
         for a, b in layers:
             if a.trainable != b.trainable:
@@ -116,16 +122,16 @@ def carry_state(old, new, x):
 
 
 def _clone(model, copies):
-    """A copy of a functional model's graph, and of the layers that it holds beside it.
+    """A copy of a functional model's graph, and of other layers that the model holds.
 
     Args:
         model: The model; its copy may be of a plainer class.
-        copies: Dict of copies by the `id` of the layer, which is added to.
+        copies: Dict of copies by the `id` of the layer. This function adds to it.
     """
 
     def copy_of(layer):
         if id(layer) not in copies:
-            is_graph = _keras.is_functional(layer)
+            is_graph = is_functional(layer)
             copies[id(layer)] = _clone(layer, copies) if is_graph else copy_layer(layer)
         return copies[id(layer)]
 
@@ -140,14 +146,14 @@ def _clone(model, copies):
         return list(map(copy_in, value)) if isinstance(value, list) else value
 
     clone = keras.models.clone_model(model, clone_function=copy_of)
-    for name in dict.fromkeys(path[0] for path in _keras.held_layers_by_path(model)):
-        if name not in vars(clone):  # neither Keras's own nor set in its constructor
+    for name in dict.fromkeys(path[0] for path in held_layers_by_path(model)):
+        if name not in vars(clone):  # set neither by Keras nor in its constructor
             setattr(clone, name, copy_in(vars(model)[name]))
     return clone
 
 
 def _trains_as_its_graph(model):
-    """Whether a functional model's class adds nothing that training runs."""
-    return _keras.is_plain_functional(model) and all(
-        getattr(type(model), name) is getattr(keras.Model, name) for name in _RUN_IN_TRAINING
+    """Whether a functional model's class has no methods of its own that training calls."""
+    return is_plain_functional(model) and all(
+        getattr(type(model), name) is getattr(keras.Model, name) for name in _TRAINING_METHODS
     )

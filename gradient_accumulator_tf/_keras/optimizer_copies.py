@@ -1,17 +1,23 @@
-"""Copies of Keras optimizers for other variables, with the state of those that they know."""
+"""Copies of Keras optimizers for other variables, with the state that still applies."""
 
-from gradient_accumulator_tf._keras.names import innermost, variable_key
+from gradient_accumulator_tf._keras.optimizers import innermost, variable_key
 
 
 def rebuilt_optimizer(optimizer, variables):
-    """A copy of a built Keras optimizer for other variables, with the state of those it knows.
+    """A copy of an optimizer for other variables, with the state of those that it trained.
 
-    Keras's optimizers take no other variables once they are built. Their slots are in lists in the
-    order of `_trainable_variables` (Keras 3.8 to 3.15), by which a slot is known again: several
-    may have one path. Two things are neither in a config nor a variable's own: what is excluded
-    from weight decay (`_exclude_from_weight_decay`, and the patterns with it), and that a moving
-    average, `_model_variables_moving_average`, begins with the variable itself only in the first
-    update.
+    Keras's optimizers accept no other variables once they are built. Three things are private:
+
+    - Slots are in lists in the order of `_trainable_variables`. A slot is found by its place there,
+      because several may have one path.
+    - What is excluded from weight decay (`_exclude_from_weight_decay`, and the patterns with it) is
+      in no config and in no variable.
+    - A moving average (`_model_variables_moving_average`) starts at its variable only in the first
+      update. So the averages of new variables are set here.
+
+    Args:
+        optimizer: A built Keras optimizer.
+        variables: List of the variables of the copy.
     """
     copy = type(optimizer).from_config(optimizer.get_config())
     copy.build(variables)
@@ -21,7 +27,7 @@ def rebuilt_optimizer(optimizer, variables):
         for slot, value in _slots_of_same_variables(o, like):
             slot.assign(value)
             assigned.add(id(slot))
-    # The rest is no variable's, such as the learning rate, or has the variable's path in its own.
+    # Other state belongs to no variable, such as the learning rate, or has its path in its own.
     in_lists = {id(slot) for o in _with_inner(new) for _, slots in _slots(o) for slot in slots}
     kept = {variable.path: variable for variable in optimizer.variables}
     for variable in copy.variables:
@@ -38,12 +44,12 @@ def rebuilt_optimizer(optimizer, variables):
 
 
 def _with_inner(optimizer):
-    """An optimizer and those that it gives its variables to (`MultiOptimizer`)."""
+    """List of an optimizer and, for a `MultiOptimizer`, of those in it."""
     return [optimizer, *getattr(optimizer, "optimizers", [])]
 
 
 def _slots(optimizer):
-    """The names and lists of an optimizer's slots, each with one for each variable or None."""
+    """Yields names and lists of an optimizer's slots. A list has a slot or None per variable."""
     variables = getattr(optimizer, "_trainable_variables", [])
     for name, slots in vars(optimizer).items():
         all_of_them = name in ("_variables", "_trainable_variables")
@@ -52,7 +58,7 @@ def _slots(optimizer):
 
 
 def _slots_of_same_variables(new, old):
-    """Pairs of the slots that two optimizers of a kind keep of one variable."""
+    """Yields pairs of slots that two optimizers of a kind have for the same variable."""
     indices = {variable_key(old, v): i for i, v in enumerate(old._trainable_variables)}
     kept = dict(_slots(old))
     for name, slots in _slots(new):
@@ -63,18 +69,18 @@ def _slots_of_same_variables(new, old):
 
 
 def copied_optimizer(optimizer, pairs):
-    """A copy of a Keras optimizer for the variables of a copy of its model, with the same state.
+    """A copy of an optimizer for the variables of a copy of its model, with all of its state.
 
-    The variables of two optimizers of a kind are in one order if those that they are for are
-    (`Optimizer._trainable_variables`). What is excluded from weight decay
-    (`Optimizer._use_weight_decay`, Keras 3.8 to 3.15) is in no config.
+    Two optimizers of a kind have their variables in the same order if they train their models'
+    variables in the same order (`Optimizer._trainable_variables`). What is excluded from weight
+    decay (`Optimizer._use_weight_decay`) is in no config.
 
     Args:
         optimizer: The optimizer, built or not.
-        pairs: List of tuples (variable of its model, the same of the copy).
+        pairs: List of tuples (variable of its model, variable of the model's copy).
 
     Raises:
-        ValueError: If it has the state of other variables.
+        ValueError: If it trains variables that the model does not have.
     """
     copy = type(optimizer).from_config(optimizer.get_config())
     old, new = innermost(optimizer), innermost(copy)

@@ -1,4 +1,8 @@
-"""What stands in for a part of Keras within a context, on one object, and is gone after it."""
+"""What stands in for a part of Keras within a `with` block, on one object.
+
+These are the changes that last no longer than a training step, or its trace. The lasting ones are
+in `patches`.
+"""
 
 import contextlib
 import functools
@@ -6,23 +10,26 @@ import functools
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf._installation import _version_tuple
-from gradient_accumulator_tf._keras.names import (
-    all_layers,
-    assign_on_replica,
-    innermost,
-    replica_local,
-)
+from gradient_accumulator_tf._installation import version_tuple
+from gradient_accumulator_tf._keras.execution import assign_on_replica, replica_local
+from gradient_accumulator_tf._keras.layers import all_layers
+from gradient_accumulator_tf._keras.optimizers import innermost
+from gradient_accumulator_tf._keras.substitutions import SUBSTITUTIONS
 
 
 @contextlib.contextmanager
 def replaced_losses(model, replace):
     """Puts `replace(loss)` in place of each of the model's compiled losses.
 
-    The metrics that Keras keeps per output are left alone meanwhile: they are to be told the
-    effective batch's loss, not a micro-batch's. `CompileLoss._flat_losses` and `_metrics`
-    (Keras 3.8 to 3.15); the model must be built for training. Yields the number of losses, which
-    is 0 where a `compute_loss` of the model's own calls none of them.
+    `CompileLoss._flat_losses` and `_metrics`. Keras keeps a metric per output, which shall get the
+    loss of the effective batch and not of a micro-batch. So they record nothing meanwhile.
+
+    Args:
+        model: A compiled model that is built for training.
+        replace: Function that takes a loss and returns another one.
+
+    Yields:
+        The number of losses. It is 0 if the model's own `compute_loss` calls none of them.
     """
     compiled = model._compile_loss
     if compiled is None or compiled._flat_losses is None:
@@ -40,11 +47,15 @@ def replaced_losses(model, replace):
 
 @contextlib.contextmanager
 def replaced_added_losses(model, replace):
-    """Puts `replace(loss, value)` in place of what Keras makes of a loss given to `add_loss`.
+    """Puts `replace(loss, value)` in place of the value that Keras makes of an `add_loss`.
 
-    `loss` is that tensor, of any rank but 0, and `value` the sum that Keras adds to the total.
-    Regularisers of weights are left alone, which are among `model.losses` and may have a rank too.
-    `Trainer._aggregate_additional_loss` and `Layer._get_own_losses` (Keras 3.8 to 3.15).
+    `Trainer._aggregate_additional_loss` and `Layer._get_own_losses`. Losses of regularisers of
+    weights are left alone. They are in `model.losses` too, and may have a rank as well.
+
+    Args:
+        model: A built model.
+        replace: Function that takes the tensor given to `add_loss`, of rank 1 or more, and the
+            scalar that Keras would add to the total. It returns the scalar to add instead.
     """
     aggregate = model._aggregate_additional_loss
 
@@ -64,36 +75,29 @@ def replaced_added_losses(model, replace):
 
 @contextlib.contextmanager
 def activity_regularizers_by_rank(model):
-    """Within this context an activity regulariser's loss tells by its rank how it counts.
+    """Within this context the rank of an activity regulariser's loss says how it counts.
 
-    `Layer.__call__` divides it by the number of examples in Keras 3.14 and 3.15: it is a mean, and
-    a scalar here. It does not in Keras 3.8 to 3.13: it is a sum, and has one dimension here, as
-    what `add_loss` adds up. The regulariser itself may return any rank. Each replica enters.
+    A mean is a scalar. A sum has one dimension, like a loss given to `add_loss` that is summed.
+    Keras 3.14 and newer divide the loss by the number of examples in `Layer.__call__`, so it is a
+    mean. Up to Keras 3.13 it is a sum. The regulariser itself may return any rank. Each replica's
+    thread enters.
     """
-    layers = [v for v in all_layers(model) if vars(v).get("activity_regularizer") is not None]
-    for layer in layers:
-        if not isinstance(layer.activity_regularizer, _ActivityRegularizer):
-            wrapped = _ActivityRegularizer(layer.activity_regularizer)
-            vars(layer)["activity_regularizer"] = wrapped
-        layer.activity_regularizer.entered += 1
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in all_layers(model):
+            if vars(layer).get("activity_regularizer") is not None:
+                stack.enter_context(SUBSTITUTIONS.replaced(layer, "activity_regularizer", _by_rank))
         yield
-    finally:
-        for layer in layers:
-            wrapped = layer.activity_regularizer
-            wrapped.entered -= 1
-            if not wrapped.entered:
-                vars(layer)["activity_regularizer"] = wrapped.regularizer
 
 
-class _ActivityRegularizer:
-    def __init__(self, regularizer):
-        self.regularizer, self.entered = regularizer, 0
+def _by_rank(regularizer):
+    """The regulariser, with a loss of the rank that `activity_regularizers_by_rank` promises."""
+    divided = version_tuple(keras.__version__) >= (3, 14)
 
-    def __call__(self, outputs):
-        loss = keras.ops.sum(self.regularizer(outputs))
-        divided = _version_tuple(keras.__version__) >= (3, 14)
+    def loss_of(outputs):
+        loss = keras.ops.sum(regularizer(outputs))
         return loss if divided else keras.ops.reshape(loss, (1,))
+
+    return loss_of
 
 
 class _SilentMetric:
@@ -103,40 +107,35 @@ class _SilentMetric:
 
 @contextlib.contextmanager
 def replicas_agree(optimizer):
-    """Within this context `optimizer` updates every replica alike, without a word between them.
+    """Within this context `optimizer` updates every replica alike, without synchronising them.
 
-    To be entered on each replica, with gradients that are already summed over replicas. Three
-    things that Keras 3.8 to 3.15 does then are in the way, the last two on a single replica too:
+    Each replica's thread enters, with gradients that are already summed over replicas. Three things
+    that Keras does in an update are replaced. The last two also fail on a single replica:
 
-    - It sums the gradients over replicas after it clipped each replica's
-      (`Optimizer._all_reduce_sum_gradients`): clipnorm=1 on two replicas lets a norm of 2 through.
-    - It tells all replicas of replica 0's `iterations`, in a merge call, which TensorFlow does
-      not take in a conditional on a replica (where `replicas_need_no_merge_call`).
-    - It overwrites weights with their moving average in a merge call within a conditional
-      (`Optimizer._overwrite_model_variables_with_average_value`).
+    - `Optimizer._all_reduce_sum_gradients` sums the gradients over replicas, after it clipped each
+      replica's: clipnorm=1 on two replicas lets a norm of 2 through.
+    - The assignment to `iterations` copies replica 0's value to all replicas, in a merge call.
+      TensorFlow accepts none in a conditional on a replica (see `replicas_need_no_merge_call`).
+    - `Optimizer._overwrite_model_variables_with_average_value` overwrites weights with their moving
+      average, in a merge call within a conditional.
     """
     if not tf.distribute.has_strategy():
         yield
         return
     optimizer = innermost(optimizer)
-    changed = []
-    for o in [optimizer, *getattr(optimizer, "optimizers", [])]:
-        changed.append((o.__dict__, "_all_reduce_sum_gradients", list))
-        overwrite = functools.partial(_overwrite_with_average, o)
-        changed.append((o.__dict__, "_overwrite_model_variables_with_average_value", overwrite))
-        assign = functools.partial(assign_on_replica, o._iterations)
-        changed.append((o._iterations.__dict__, "_direct_assign", assign))
-    # Every replica's thread enters, and the first to leave must not undo it for the others.
-    for attributes, name, value in changed:
-        attributes[name] = value
-        attributes[f"{name}_entered"] = attributes.get(f"{name}_entered", 0) + 1
-    try:
+    with contextlib.ExitStack() as stack:
+        for o in [optimizer, *getattr(optimizer, "optimizers", [])]:
+            overwrite = functools.partial(_overwrite_with_average, o)
+            assign = functools.partial(assign_on_replica, o._iterations)
+            for owner, name, value in (
+                (o, "_all_reduce_sum_gradients", list),
+                (o, "_overwrite_model_variables_with_average_value", overwrite),
+                (o._iterations, "_direct_assign", assign),
+            ):
+                stack.enter_context(
+                    SUBSTITUTIONS.replaced(owner, name, lambda _, value=value: value)
+                )
         yield
-    finally:
-        for attributes, name, _ in changed:
-            attributes[f"{name}_entered"] -= 1
-            if not attributes[f"{name}_entered"]:
-                del attributes[name], attributes[f"{name}_entered"]
 
 
 def _overwrite_with_average(optimizer, variables):

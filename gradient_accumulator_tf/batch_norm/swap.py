@@ -9,12 +9,8 @@ import keras
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._keras.layer_pairs import paired_layers
 from gradient_accumulator_tf._keras.model_copies import as_uncompiled, copy_layer
-from gradient_accumulator_tf.batch_norm.layer import (
-    AccumBatchNorm,
-    check_calls,
-    is_known_batch_norm,
-    is_like_batch_norm,
-)
+from gradient_accumulator_tf.batch_norm.kinds import is_known_batch_norm, is_like_batch_norm
+from gradient_accumulator_tf.batch_norm.layer import AccumBatchNorm, check_calls
 
 _TARGETS = ("accum", "group", "layer", "instance", "frozen", "batch")
 _STATE = ("gamma", "beta", "moving_mean", "moving_variance")

@@ -1,104 +1,163 @@
-"""The state of one cycle: what the micro-batches since the last update add up to."""
+"""The state of one cycle: what the micro-batches since the last update add up to.
+
+An optimizer asks its accumulator for no more than `Accumulator` says while it trains. Another kind,
+such as one with its sums on the host, is another class with these methods.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf.cycle.gradients import (
-    accumulation_dtype,
-    largest,
-    overwritten_of,
-    received_of,
-    scale_gradient,
-    sum_of_means,
-)
-from gradient_accumulator_tf.replicated.conditionals import run_if
-from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
+from gradient_accumulator_tf.cycle.gradients import accumulation_dtype, scale_gradient
+from gradient_accumulator_tf.cycle.rules import Sums, over_replicas, rules_of
+from gradient_accumulator_tf.replicated.conditionals import run_on_replicas_if
+from gradient_accumulator_tf.replicated.replicas import number_of_replicas, on_average_replica
 from gradient_accumulator_tf.replicated.variables import counter, sum_variable
 
 
-def _add_to(total, gradient, started):
-    """Adds a gradient to the variable `total`, or replaces it where the sum is yet to start.
+class CycleEnd(NamedTuple):
+    """How an optimizer ends a cycle.
 
-    A cycle need not begin with zeros that are written, read and copied again. XLA adds and selects
-    in one pass; elsewhere a conditional hands the gradient's own buffer to the variable.
+    Attributes:
+        of_sums: Function of (run, received), where sums were kept. `run` runs a function on every
+            replica. `received` is a list with the set of the variables, by index, that got a
+            gradient in this call, for each denominator; None in a call without gradients.
+        at_once: Function of a list of gradients, where no sums are kept.
     """
-    xla = _keras.compiles_with_xla()
-    if isinstance(gradient, tf.IndexedSlices):
-        local = _keras.replica_local(total)
 
-        def make_zero():
-            if xla:
-                total.assign(tf.zeros_like(total))
-            else:  # in place, where `assign` would copy
-                zero, rows = tf.zeros((), total.dtype), tf.range(total.shape[0])
-                local.scatter_update(tf.IndexedSlices(zero, rows))
+    of_sums: Callable
+    at_once: Callable
 
-        # Rows that get no slice in this cycle must be zero all the same.
-        run_if(tf.logical_not(started), make_zero)
-        local.scatter_add(gradient)
-    elif xla:
-        total.assign(tf.where(started, total, tf.zeros_like(total)) + gradient)
-    else:
 
-        def add():
-            total.assign_add(gradient)
+class Accumulator(Protocol):
+    """What an optimizer asks of the state of its cycle.
 
-        def replace():
-            total.assign(gradient)
+    Attributes:
+        keeps_sums: Whether micro-batches are added up. If not, each one is an update.
+        number_of_groups: Denominators that there are sums for.
+        variables_from_build: List of the variables that are always there.
+        variables_of_further_groups: List of the variables that come with further denominators.
+        state: Dict of name to `tf.Variable`: all that a file written in mid-cycle holds.
+    """
 
-        tf.cond(started, add, replace)
+    keeps_sums: bool
+    number_of_groups: int
+    variables_from_build: list
+    variables_of_further_groups: list
+    state: dict
+
+    def in_cycle(self):
+        """Two int64 scalar tensors: the micro-batches so far in this cycle, and of all of it."""
+
+    def just_ended(self):
+        """Scalar bool tensor: whether the last micro-batch ended its cycle."""
+
+    def take(self, contributions, dropped, steps, end):
+        """Takes one micro-batch on a replica, and ends the cycle if it is the last one.
+
+        Args:
+            contributions: List of `Contribution`, one for each denominator, always in one order.
+            dropped: float64 scalar, 1 if they were made to count for nothing; None if they never
+                are.
+            steps: Function that returns the micro-batches of a cycle that begins now.
+            end: `CycleEnd`.
+        """
+
+    def flush(self, end):
+        """Ends a partial cycle if there is one; `end` as for `take`."""
+
+    def drop(self):
+        """Starts a new cycle as if there had been none before."""
+
+
+class NoSums:
+    """The accumulator of one micro-batch per update on one replica: each is an update.
+
+    Args:
+        iterations: Function that returns the number of updates.
+        note: Function to call where micro-batches are traced without sums.
+    """
+
+    keeps_sums = False
+    number_of_groups = 0
+    variables_from_build = ()
+    variables_of_further_groups = ()
+
+    def __init__(self, iterations, note):
+        self._iterations, self._note = iterations, note
+
+    @property
+    def state(self):
+        """An empty dict."""
+        return {}
+
+    def in_cycle(self):
+        """0 of 1."""
+        return tf.zeros((), tf.int64), tf.ones((), tf.int64)
+
+    def just_ended(self):
+        """Whether there was any."""
+        self._note()
+        return tf.greater(tf.convert_to_tensor(self._iterations()), 0)
+
+    def take(self, contributions, dropped, steps, end):
+        """Hands the only contribution on."""
+        del dropped, steps
+        self._note()
+        (only,) = contributions
+        gradients = _alone(only)
+        # Keras also runs a step's graph in the call that finds no more data. The dependency on the
+        # gradients keeps that call from counting.
+        ready = tf.nest.flatten(gradients, expand_composites=True)
+        with tf.control_dependencies([t for t in ready if t is not None]):
+            end.at_once(gradients)
+
+    def flush(self, end):
+        """Nothing is left over."""
+        self._note()
+
+    def drop(self):
+        """Nothing is left over."""
+        self._note()
 
 
 class _Group(tf.Module):
     """`sum_k w_k g_k` for each variable and `sum_k w_k`, for gradients of one denominator.
 
-    Of the variables `overwritten`, by index, the largest `g_k` instead.
-
-    A sum counts only where `received` says that this cycle has begun it. Those of the indices
-    `scattered` got rows of an `IndexedSlices` in any call or trace so far.
+    A sum counts only where `received` says that this cycle has begun it. The variables `scattered`,
+    by index, got rows of an `IndexedSlices` in any call or trace so far.
     """
 
-    def __init__(self, variables, overwritten, name):
+    def __init__(self, variables, rules, name):
         super().__init__(name=name)
         first = tf.VariableAggregation.ONLY_FIRST_REPLICA
         self.weight = sum_variable((), tf.float64, f"{name}_weight")
         self.received = sum_variable((len(variables),), tf.bool, f"{name}_received", first)
-        self._overwritten = overwritten
+        self._rules = rules
         self.scattered = set()
         self.sums = [
-            sum_variable(v.shape, accumulation_dtype(v.dtype), f"{name}_gradient_sum_{i}")
-            for i, v in enumerate(variables)
+            sum_variable(v.shape, rule.sum_dtype, f"{name}_gradient_sum_{i}")
+            for i, (v, rule) in enumerate(zip(variables, rules, strict=True))
         ]
 
-    def add(self, gradients, weight, averaged, multiplied):
-        # Under a strategy, what averages was divided by the number of replicas. A weight undoes
-        # it; without one, a micro-step counts 1 over all replicas.
-        replicas = number_of_replicas()
-        factor = None if multiplied else weight
-        if factor is not None and averaged and replicas > 1:
-            factor = replicas * tf.cast(weight, tf.float64)
-        started = tf.unstack(self.received)
-        for i, (total, gradient, begun) in enumerate(
-            zip(self.sums, gradients, started, strict=True)
-        ):
+    def add(self, contribution):
+        """Adds a micro-batch's `Contribution` to the sums."""
+        begun, factor = tf.unstack(self.received), contribution.factor
+        for i, gradient in enumerate(contribution.gradients):
             if gradient is None:
                 continue
             if isinstance(gradient, tf.IndexedSlices):
                 self.scattered.add(i)
-            if i in self._overwritten:
-                gradient = tf.cast(gradient, total.dtype)
-                total.assign(tf.where(begun, tf.maximum(total, gradient), gradient))
-            else:
-                _add_to(total, scale_gradient(gradient, factor, total.dtype), begun)
-        mask = [g is not None for g in gradients]
+            self._rules[i].add_to(self.sums[i], gradient, factor, begun[i])
+        mask = [g is not None for g in contribution.gradients]
         self.received.assign(tf.logical_or(self.received, mask))
-        part = tf.ones((), self.weight.dtype) / replicas
-        if not averaged:
-            self.weight.assign(part)
-        elif weight is None:
-            self.weight.assign_add(part)
+        weight = contribution.counted
+        if weight is None:  # is not divided: the weights of a cycle add up to 1
+            self.weight.assign(on_average_replica(tf.ones((), self.weight.dtype)))
         else:
-            self.weight.assign_add(tf.cast(weight, self.weight.dtype))
+            self.weight.assign_add(weight)
 
     def sum_of(self, index, certain):
         """The sum for one variable; zero if it was not begun, unless that is certain."""
@@ -108,6 +167,7 @@ class _Group(tf.Module):
         return tf.where(self.received[index], total, tf.zeros((), total.dtype))
 
     def reset(self):
+        """Starts a new cycle; the sums are replaced when they begin."""
         self.weight.assign(tf.zeros_like(self.weight))
         self.received.assign(tf.zeros_like(self.received))
 
@@ -116,7 +176,7 @@ class GradientAccumulator(tf.Module):
     """The variables of one cycle: `sum_k w_k g_k` per variable, `sum_k w_k`, and the micro-step.
 
     Where several losses of one model are divided by different denominators, each denominator
-    has sums of its own (a group); the mean is the sum of the groups' means. There is one group
+    has sums of its own (a group), and the mean is the sum of the groups' means. There is one group
     until a micro-batch brings more.
 
     Args:
@@ -131,15 +191,17 @@ class GradientAccumulator(tf.Module):
         ever_received: Python set of the indices that got a gradient in any call or trace so far.
     """
 
+    keeps_sums = True
+
     def __init__(self, variables, name="gradient_accumulator"):
         super().__init__(name=name)
         self._shapes = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
-        self._overwritten = overwritten_of(variables)
+        self._rules = rules_of(variables)
         self.ever_received = set()
         self.micro_step = counter("micro_step")
         self.steps_in_cycle = counter("steps_in_cycle")
         self.dropped = sum_variable((), tf.float64, "dropped")
-        self._groups = [_Group(self._shapes, self._overwritten, "group_0")]
+        self._groups = [_Group(self._shapes, self._rules, "group_0")]
 
     @property
     def number_of_groups(self):
@@ -158,12 +220,6 @@ class GradientAccumulator(tf.Module):
         """List of the variables of all other groups, as many for each."""
         return [v for g in self._groups[1:] for v in (g.weight, g.received, *g.sums)]
 
-    def make_groups_for(self, variables):
-        """Makes the groups of which `variables_of_further_groups` is as long as this, if any."""
-        number, rest = divmod(variables, 2 + len(self._shapes))
-        if rest == 0:
-            self.make_groups(1 + number)
-
     @property
     def state(self):
         """Dict of name to `tf.Variable`: all that a checkpoint in mid-cycle must hold."""
@@ -178,6 +234,17 @@ class GradientAccumulator(tf.Module):
             state |= {f"{group.name}.gradient_sum_{i}": v for i, v in enumerate(group.sums)}
         return state
 
+    def make_groups(self, number):
+        """Makes sums for `number` denominators, where there are fewer."""
+        for i in range(len(self._groups), number):
+            self._groups.append(_Group(self._shapes, self._rules, f"group_{i}"))
+
+    def make_groups_for(self, variables):
+        """Makes the groups of which `variables_of_further_groups` is as long as this, if any."""
+        number, rest = divmod(variables, 2 + len(self._shapes))
+        if rest == 0:
+            self.make_groups(1 + number)
+
     def load(self, state):
         """Sets `state` from a dict of arrays; what it does not hold becomes zero."""
         self.make_groups(len({name.split(".")[0] for name in state if "." in name}))
@@ -189,50 +256,54 @@ class GradientAccumulator(tf.Module):
 
         Args:
             other: A `GradientAccumulator`.
-            indices: For each variable of this one, its index in the other; None for one that it
-                has not got, which has no gradient yet.
+            indices: For each variable of this one, its index in the other; None for one that the
+                other has not got. It has no gradient yet.
         """
         old = {name: variable.numpy() for name, variable in other.state.items()}
         state = {name: value for name, value in old.items() if "gradient_sum" not in name}
-        for group in other._groups:
-            received = f"{group.name}.received"
-            state[received] = [i is not None and old[received][i] for i in indices]
+        for number in range(other.number_of_groups):
+            group = f"group_{number}"
+            received = old[f"{group}.received"]
+            state[f"{group}.received"] = [i is not None and received[i] for i in indices]
             for new, i in enumerate(indices):
                 if i is not None:
-                    state[f"{group.name}.gradient_sum_{new}"] = old[
-                        f"{group.name}.gradient_sum_{i}"
-                    ]
+                    state[f"{group}.gradient_sum_{new}"] = old[f"{group}.gradient_sum_{i}"]
         self.load(state)
 
-    def begin(self, steps):
-        """Sets the length of a cycle that has not begun; one that has keeps its own.
+    def in_cycle(self):
+        """Micro-batches so far in this cycle, and of all of it (0 before the first cycle)."""
+        return tf.convert_to_tensor(self.micro_step), tf.convert_to_tensor(self.steps_in_cycle)
 
-        Args:
-            steps: int64 scalar, the micro-batches that it takes.
-        """
-        begun = tf.greater(self.micro_step, 0)
-        self.steps_in_cycle.assign(tf.where(begun, self.steps_in_cycle, steps))
-
-    @property
-    def is_complete(self):
-        """Scalar bool tensor: whether the cycle has all its micro-batches."""
-        return tf.greater_equal(self.micro_step, self.steps_in_cycle)
-
-    @property
     def just_ended(self):
-        """Scalar bool tensor: whether a cycle ended with the last micro-batch."""
+        """Whether a cycle ended with the last micro-batch."""
         ended = tf.greater(self.steps_in_cycle, 0)
         return tf.logical_and(ended, tf.equal(self.micro_step, 0))
 
-    def add(self, *contributions, dropped=None):
-        """Adds one micro-batch.
+    def take(self, contributions, dropped, steps, end):
+        """Adds one micro-batch; see `Accumulator`."""
+        # A cycle that has begun keeps its length.
+        begun = tf.greater(self.micro_step, 0)
+        self.steps_in_cycle.assign(tf.where(begun, self.steps_in_cycle, steps()))
+        self.add(*contributions, dropped=dropped)
+        received = [c.received for c in contributions]
+        run_on_replicas_if(
+            lambda: tf.greater_equal(self.micro_step, self.steps_in_cycle),
+            lambda run: end.of_sums(run, received),
+        )
 
-        Args:
-            *contributions: A `Contribution` for each denominator, always in one order.
-            dropped: float64 scalar, 1 if they were made to count for nothing; None if they never
-                are.
+    def flush(self, end):
+        """Ends a partial cycle if there is one; see `Accumulator`."""
+        run_on_replicas_if(
+            lambda: tf.greater(self.micro_step, 0), lambda run: end.of_sums(run, received=None)
+        )
+
+    def add(self, *contributions, dropped=None):
+        """Adds one micro-batch to the sums; arguments as for `take`.
+
+        Raises:
+            ValueError: If there is no gradient.
         """
-        present = sorted(set().union(*map(received_of, contributions)))
+        present = sorted(set().union(*(c.received for c in contributions)))
         if not present:
             raise ValueError(
                 "At least one gradient must not be None. Received: None for every one of "
@@ -247,69 +318,81 @@ class GradientAccumulator(tf.Module):
         ready = [t for t in tf.nest.flatten(last, expand_composites=True) if t is not None]
         with tf.control_dependencies(ready):
             for group, contribution in zip(self._groups, contributions, strict=False):
-                group.add(*contribution)
+                group.add(contribution)
             if dropped is not None:
                 self.dropped.assign_add(dropped)
             self.micro_step.assign_add(1)
 
-    def any_received(self, indices):
-        """Scalar bool tensor: whether any variable of `indices` got a gradient in this cycle."""
-        return tf.reduce_any([tf.gather(group.received, indices) for group in self._groups])
+    def if_received(self, wanted, received, update):
+        """Calls `update(indices, certain)` with the variables that got a gradient in this cycle.
 
-    def received(self):
-        """For each group, the set of variables that got a gradient in this cycle; eagerly."""
-        return [set(tf.where(g.received)[:, 0].numpy().tolist()) for g in self._groups]
-
-    def take_result(self, indices, certain=()):
-        """What the cycle holds over all replicas, which talk to each other here and nowhere else.
-
-        On one replica the means take the sums' place, so that there is no second copy: `reset`
-        must follow. Not what is scattered into: TensorFlow copies such a variable in each read.
+        In a graph only the traced call is known. A variable without a gradient in it may have got
+        one earlier in the cycle: then all that ever got one are updated.
 
         Args:
-            indices: Indices of variables.
+            wanted: Set of the indices of variables that may be updated.
+            received: For each group, the set of variables that got a gradient in this call; None
+                in a call without gradients.
+            update: Function of the set of variables to update, and of a set for each group of those
+                that got a gradient for certain.
+        """
+        if tf.executing_eagerly():
+            found = [set(tf.where(g.received)[:, 0].numpy().tolist()) for g in self._groups]
+            update(wanted & set().union(*found), found)
+            return
+        known = wanted & (self.ever_received if received is None else set().union(*received))
+        others = sorted(wanted - known)
+        certain = received or ()
+        if not others:
+            update(wanted, certain)
+            return
+        tf.cond(
+            tf.reduce_any([tf.gather(group.received, others) for group in self._groups]),
+            lambda: update(wanted, certain),
+            lambda: update(known, certain),
+        )
+
+    def finish(self, indices, certain=()):
+        """Turns the sums into the effective batch's gradients; replicas synchronise here only.
+
+        On one replica the gradients take the place of the sums, so that there is no second copy.
+        `reset` must follow. Sums that received `IndexedSlices` are not reused, because reading such
+        a variable copies it.
+
+        Args:
+            indices: Set of indices of variables.
             certain: For each group, a set of those that got a gradient in this cycle for
                 certain. Those of other groups are looked up.
 
         Returns:
-            List of the mean gradients of the variables `indices`, None for every other one; and
-            a float64 scalar, `dropped`.
+            List of the gradients of the variables `indices`, None for every other one; and a
+            float64 scalar, the micro-batches of this cycle that were dropped.
         """
-        indices = set(indices)
         certain = [*certain, *[set()] * (len(self._groups) - len(certain))]
-
         weights = [group.weight.value() for group in self._groups]
+        dropped = self.dropped.value()
 
-        def groups(chosen):
+        def sums_of(index):
             return [
-                ([group.sum_of(i, known) if i in indices else None for i in chosen], weight)
-                for group, known, weight in zip(self._groups, certain, weights, strict=True)
+                group.sum_of(index, known) if index in indices else None
+                for group, known in zip(self._groups, certain, strict=True)
             ]
 
-        overwritten = self._overwritten & indices
-        indices -= overwritten
-        dropped = self.dropped.value()
         if number_of_replicas() > 1 or _keras.compiles_with_xla():
-            everything = (groups(range(len(self._shapes))), dropped)
-            summed, dropped = sum_over_replicas(everything)
-            means = sum_of_means(summed)
-        else:
-            means, written = [], []
-            for i, place in enumerate(self._groups[0].sums):
-                with tf.control_dependencies(written):
-                    (mean,) = sum_of_means(groups([i]))
-                    if mean is not None and i not in self._groups[0].scattered:
-                        written = [place.assign(mean, read_value=False)]
-                        mean = place.value()
-                means.append(mean)
-        for i, (mean, v) in enumerate(zip(means, self._shapes, strict=True)):
-            if mean is not None and v.dtype.is_integer:
-                means[i] = tf.round(mean)  # the optimizer will cut off what is behind the point
-        for i in sorted(overwritten):
-            means[i] = largest(
-                [group.sum_of(i, known) for group, known in zip(self._groups, certain, strict=True)]
-            )
-        return means, dropped
+            by_variable = [sums_of(i) for i in range(len(self._shapes))]
+            columns = zip(*by_variable, strict=True)
+            sums = [Sums(list(c), w) for c, w in zip(columns, weights, strict=True)]
+            return over_replicas(self._rules, sums, dropped)
+        gradients, written = [], []
+        for i, rule in enumerate(self._rules):
+            with tf.control_dependencies(written):
+                gradient = rule.result(list(zip(sums_of(i), weights, strict=True)))
+                if gradient is not None and i not in self._groups[0].scattered:
+                    place = self._groups[0].sums[i]
+                    written = [place.assign(gradient, read_value=False)]
+                    gradient = place.value()
+            gradients.append(gradient)
+        return gradients, dropped
 
     def reset(self):
         """Starts a new cycle."""
@@ -323,7 +406,15 @@ class GradientAccumulator(tf.Module):
         self.reset()
         self.steps_in_cycle.assign(tf.zeros_like(self.steps_in_cycle))
 
-    def make_groups(self, number):
-        """Makes sums for `number` denominators, where there are fewer."""
-        for i in range(len(self._groups), number):
-            self._groups.append(_Group(self._shapes, self._overwritten, f"group_{i}"))
+
+def _alone(contribution):
+    """The gradients of a cycle of one micro-batch: its own, or zero if it does not count."""
+    factor = contribution.weight
+    if factor is None:
+        return contribution.gradients
+    if contribution.averaged:
+        factor = tf.math.divide_no_nan(factor, factor)
+    return [
+        None if g is None else scale_gradient(g, factor, accumulation_dtype(g.dtype))
+        for g in contribution.gradients
+    ]

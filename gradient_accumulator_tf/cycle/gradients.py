@@ -1,8 +1,4 @@
-"""Pure functions of gradients: scaled, added up over micro-batches, divided.
-
-Shared by the accumulation across steps, which keeps its sums in variables, and the one within a
-step, which keeps them in loop variables.
-"""
+"""Pure functions of one gradient: its dtype in sums, its shape, scaled, added, divided."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +6,7 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import operation_name
-from gradient_accumulator_tf.replicated.replicas import number_of_replicas
+from gradient_accumulator_tf.replicated.replicas import on_average_replica, undo_averaging
 
 
 class Contribution(NamedTuple):
@@ -18,7 +14,8 @@ class Contribution(NamedTuple):
 
     Attributes:
         gradients: List with a tensor, a `tf.IndexedSlices` or None for each variable.
-        weight: Scalar that the gradients are multiplied by; None is 1.
+        weight: Scalar that the gradients are multiplied by. None is 1 for the micro-batch over all
+            replicas.
         averaged: Whether the cycle's sum is divided by the sum of the weights.
         multiplied: Whether the gradients are multiplied by the weight already.
     """
@@ -28,10 +25,47 @@ class Contribution(NamedTuple):
     averaged: bool = True
     multiplied: bool = False
 
+    @property
+    def received(self):
+        """Set of the variables, by index, that there is a gradient for."""
+        return {i for i, g in enumerate(self.gradients) if g is not None}
 
-def received_of(contribution):
-    """Set of the variables, by index, that a contribution has a gradient for."""
-    return {i for i, g in enumerate(contribution.gradients) if g is not None}
+    @property
+    def factor(self):
+        """What the gradients are still to be multiplied by; None is 1.
+
+        A weight undoes Keras's division by the number of replicas, if the gradients are a mean's.
+        """
+        if self.multiplied or self.weight is None:
+            return None
+        weight = tf.cast(self.weight, tf.float64)
+        return undo_averaging(weight) if self.averaged else weight
+
+    def as_summand(self):
+        """The `Summand` of it."""
+        return Summand(self.gradients, self.factor, self.counted)
+
+    @property
+    def counted(self):
+        """Float64 scalar that the cycle's sum of weights grows by; None if it has no such sum."""
+        if not self.averaged:
+            return None
+        weight = on_average_replica(1.0) if self.weight is None else self.weight
+        return tf.cast(weight, tf.float64)
+
+
+class Summand(NamedTuple):
+    """A `Contribution` in nothing but tensors and None, as a traced function returns it.
+
+    Attributes:
+        gradients: List with a tensor, a `tf.IndexedSlices` or None for each variable.
+        factor: As of a `Contribution`.
+        counted: As of a `Contribution`.
+    """
+
+    gradients: list
+    factor: Any = None
+    counted: Any = None
 
 
 def accumulation_dtype(dtype):
@@ -111,99 +145,3 @@ def weighted_mean(total, weight):
     products anew.
     """
     return total * tf.cast(tf.math.reciprocal_no_nan(tf.cast(weight, tf.float64)), total.dtype)
-
-
-def sum_of_means(groups):
-    """The gradient of a whole effective batch: each group's sum by its weight, added up.
-
-    Args:
-        groups: List of (list with a tensor or None for each variable, weight). A weight of None
-            does not divide.
-
-    Returns:
-        List with a tensor or None for each variable.
-    """
-    means = []
-    for parts in zip(*(sums for sums, _ in groups), strict=True):
-        present = [
-            total if weight is None else weighted_mean(total, weight)
-            for total, (_, weight) in zip(parts, groups, strict=True)
-            if total is not None
-        ]
-        means.append(tf.add_n(present) if present else None)
-    return means
-
-
-def overwritten_of(variables):
-    """Set of the variables, by index, whose "gradient" is their new value, as of float8 scales.
-
-    Those of a cycle's micro-batches are not averaged: a variable takes the largest of each
-    element, as with Keras's own accumulation. The largest input of an effective batch is the
-    largest of its micro-batches', and what does not depend on inputs is the same in all.
-    """
-    return {i for i, v in enumerate(variables) if getattr(v, "overwrite_with_gradient", False)}
-
-
-def largest(tensors):
-    """The largest of each element over a list of tensors and None, and over all replicas.
-
-    None if there is no tensor.
-    """
-    present = [t for t in tensors if t is not None]
-    if not present:
-        return None
-    values = tf.stack(present)
-    if number_of_replicas() > 1:
-        values = tf.distribute.get_replica_context().all_gather(values, axis=0)
-    return tf.reduce_max(values, axis=0)
-
-
-def zero_sums(summands, variables):
-    """What a sum of one step's summands starts from; see `add_to_sums`."""
-
-    def zeros(like):
-        return None if like is None else tf.zeros(like.shape, like.dtype)
-
-    groups, losses = summands
-    sums = [
-        (
-            [
-                None if g is None else tf.zeros(v.shape, accumulation_dtype(v.dtype))
-                for g, v in zip(gradients, variables, strict=True)
-            ],
-            zeros(weight),
-        )
-        for gradients, weight in groups
-    ]
-    return sums, tf.nest.map_structure(zeros, losses)
-
-
-def add_to_sums(total, summands, overwritten=()):
-    """Adds a micro-batch's (gradients, weight) of each group, and its sums of the loss.
-
-    Of the variables `overwritten`, by index, the larger value is kept.
-    """
-
-    def add(i, total, gradient, weight):
-        if gradient is None:
-            return None
-        gradient = in_shape_of(gradient, total.shape)
-        if i in overwritten:
-            return tf.maximum(total, tf.cast(gradient, total.dtype))
-        return add_gradient(total, scale_gradient(gradient, weight, total.dtype))
-
-    (groups, losses), (new_groups, new_losses) = total, summands
-    sums = [
-        (
-            [
-                add(i, t, g, new_weight)
-                for i, (t, g) in enumerate(zip(gradients, new_gradients, strict=True))
-            ],
-            None if weight is None else weight + new_weight,
-        )
-        for (gradients, weight), (new_gradients, new_weight) in zip(groups, new_groups, strict=True)
-    ]
-    losses = tf.nest.map_structure(
-        lambda t, new: None if t is None else t + new, losses, new_losses
-    )
-    return sums, losses

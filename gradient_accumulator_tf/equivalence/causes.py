@@ -8,8 +8,8 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf.batch_norm.layer import is_like_batch_norm
-from gradient_accumulator_tf.cycle.losses import call_and_keep_values
+from gradient_accumulator_tf.batch_norm.kinds import is_like_batch_norm
+from gradient_accumulator_tf.cycle.loss_recorder import call_and_keep_values
 from gradient_accumulator_tf.models.accumulate import GradientAccumulateModel
 
 

@@ -1,108 +1,37 @@
 """GradientAccumulateModel: a Keras model whose `train_step` accumulates."""
 
-import functools
 import inspect
 import numbers
 import operator
-import warnings
-from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf._checks import (
-    check_choice,
-    check_positive_int,
-    refuse_arguments,
-    similar_name,
-)
-from gradient_accumulator_tf._keras.model_hooks import held_by
-from gradient_accumulator_tf.batch_norm.layer import AccumBatchNorm, led
-from gradient_accumulator_tf.cycle.batches import (
-    Batch,
-    batch_size,
-    by_identity,
-    check_shared_inputs,
-)
-from gradient_accumulator_tf.cycle.gradients import (
-    add_to_sums,
-    largest,
-    overwritten_of,
-    sum_of_means,
-    zero_sums,
-)
-from gradient_accumulator_tf.cycle.losses import (
-    LossRecorder,
-    check_micro_batch_weight,
-    check_total_loss,
-    contributions,
-    denominators,
-    loss_from_sums,
-    loss_sums,
-    targets_and_seeds,
-    with_coefficients,
-)
-from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
-from gradient_accumulator_tf.cycle.non_finite import NoDrops, policy_of
+from gradient_accumulator_tf._checks import check_choice, refuse_arguments, similar_name
+from gradient_accumulator_tf._keras.patches import held_by
+from gradient_accumulator_tf.cycle.batches import check_shared_inputs
+from gradient_accumulator_tf.cycle.non_finite import policy_of
 from gradient_accumulator_tf.cycle.schedules import (
-    check_accum_steps,
     deserialize_accum_steps,
     same_accum_steps,
     serialize_accum_steps,
 )
-from gradient_accumulator_tf.models.callbacks import FlushAtEpochEnd
-from gradient_accumulator_tf.models.further_optimizers import (
-    optimizers_of,
-    warn_of_those_that_do_not_accumulate,
-)
-from gradient_accumulator_tf.models.one_piece import LargestBatch, WarnOfOnePiece
+from gradient_accumulator_tf.models.across_steps import AcrossSteps
+from gradient_accumulator_tf.models.further_optimizers import optimizers_of
+from gradient_accumulator_tf.models.within_step import WithinStep
 from gradient_accumulator_tf.models.wrapper import ModelWrapper
 from gradient_accumulator_tf.optimizers.accumulate import (
     GradientAccumulateOptimizer,
     accumulating_optimizer,
+    accumulating_optimizer_of,
 )
-from gradient_accumulator_tf.optimizers.update_order import one_by_one
-from gradient_accumulator_tf.optimizers.wrapper import parts_of
 from gradient_accumulator_tf.replicated.replicas import (
     check_made_under,
     check_strategy,
-    number_of_replicas,
-    sum_over_replicas,
+    prepare_fit,
 )
 from gradient_accumulator_tf.replicated.variables import outside_of_tracing
-from gradient_accumulator_tf.stages.cuts import has_batch_statistics
-from gradient_accumulator_tf.stages.engine import ExactBatchNorm
-
-
-class _MicroStep(NamedTuple):
-    """What one micro-batch's forward and backward pass found."""
-
-    groups: list  # of Contribution; empty if there is nothing to train
-    loss: Any
-    terms: list  # of Term
-    weight: Any  # of what no compiled loss measures
-    share: Any  # that weight by the effective batch's, if known
-    logs: dict
-
-
-class _Effective(NamedTuple):
-    """What is known of the effective batch that a micro-batch is a slice of."""
-
-    total: Any  # float64 scalar, examples on an average replica; None if some may be dropped
-    weighed: Any  # see `Batch.times_weighed`
-
-
-class _Loss(NamedTuple):
-    """What one micro-batch's forward pass found; see `_MicroStep`."""
-
-    tape: Any
-    y_pred: Any
-    loss: Any
-    terms: list
-    weight: Any
-    share: Any
-
 
 _LAYER_ARGUMENTS = ("name", "trainable", "dtype", "autocast", "activity_regularizer")
 
@@ -127,11 +56,16 @@ def _check_arguments(owner, first, others):
     refuse_arguments(owner, unknown, f"{advice}Its arguments are {', '.join(known)}.")
 
 
-def _checked_micro_batch_size(value):
-    instead = "Pass as many examples as fit into memory at once, such as micro_batch_size=8."
-    return check_positive_int(
-        "micro_batch_size", value, "examples per micro-batch", instead, largest=2**31 - 1
-    )
+def _mode_of(accum_steps, micro_batch_size):
+    """The mode that the user chose."""
+    if (accum_steps is None) == (micro_batch_size is None):
+        raise ValueError(
+            "Exactly one of `accum_steps` (fit's batch is the micro-batch) and "
+            "`micro_batch_size` (fit's batch is the effective batch) must be given. "
+            f"Received: accum_steps={accum_steps!r}, micro_batch_size={micro_batch_size!r}. "
+            "If the effective batch can be loaded at once, pass micro_batch_size."
+        )
+    return WithinStep(micro_batch_size) if accum_steps is None else AcrossSteps(accum_steps)
 
 
 def _fixed(name, attribute, doc):
@@ -255,30 +189,9 @@ class GradientAccumulateModel(ModelWrapper):
         **kwargs,
     ):
         _check_arguments(type(self).__name__, model_or_inputs, kwargs)
-        if (accum_steps is None) == (micro_batch_size is None):
-            raise ValueError(
-                "Exactly one of `accum_steps` (fit's batch is the micro-batch) and "
-                "`micro_batch_size` (fit's batch is the effective batch) must be given. "
-                f"Received: accum_steps={accum_steps!r}, micro_batch_size={micro_batch_size!r}. "
-                "If the effective batch can be loaded at once, pass micro_batch_size."
-            )
-        if accum_steps is not None:
-            accum_steps = check_accum_steps(accum_steps, "batches per update")
-        else:
-            micro_batch_size = _checked_micro_batch_size(micro_batch_size)
-            if type(self).train_step is not GradientAccumulateModel.train_step:
-                raise ValueError(
-                    "`micro_batch_size` splits the batch inside `train_step`, which must not be "
-                    f"overridden. Received: {type(self).__name__} with a `train_step` of its own. "
-                    "Pass accum_steps (each call is then a micro-step), or override "
-                    "`compute_loss` instead."
-                )
+        mode = _mode_of(accum_steps, micro_batch_size)
         check_choice("batch_norm", batch_norm, ("micro_batch", "exact"))
-        if batch_norm == "exact" and micro_batch_size is None:
-            raise ValueError(
-                'batch_norm="exact" needs the whole effective batch in each step. Received: '
-                f"accum_steps={accum_steps}. Pass micro_batch_size instead."
-            )
+        mode.check_arguments(batch_norm, self._own_step)
         policy = policy_of(non_finite)
         if batch_norm == "exact" and policy.screens:
             raise ValueError(
@@ -288,18 +201,14 @@ class GradientAccumulateModel(ModelWrapper):
             )
         shared_inputs = check_shared_inputs(shared_inputs)
         check_strategy()
+        prepare_fit()
         super().__init__(model_or_inputs, outputs, inputs=inputs, model=model, **kwargs)
-        self._accum_steps = accum_steps
-        self._micro_batch_size = micro_batch_size
+        self._mode = mode
         self._batch_norm = batch_norm
-        self._exact_batch_norm = None
         self._policy = policy
         self._shared_inputs = shared_inputs
-        self._plain_optimizers = None
-        self._drops = NoDrops() if micro_batch_size is None else policy.new_counts()
-        self._largest_batch = None if micro_batch_size is None else LargestBatch()
-        if micro_batch_size is not None and "fit" in vars(self):
-            vars(self)["fit"] = self._watched(self.fit)
+        self._drops = mode.new_drops(policy)  # where checkpoints find what it counts
+        mode.watch(self)
 
     @property
     def accum_steps(self):
@@ -307,19 +216,11 @@ class GradientAccumulateModel(ModelWrapper):
 
         An integer can be set, between fits or within one; it holds from the next cycle on.
         """
-        optimizer = self._accumulating_optimizer
-        return self._accum_steps if optimizer is None else optimizer.accum_steps
+        return self._mode.accum_steps(self)
 
     @accum_steps.setter
     def accum_steps(self, value):
-        if self.micro_batch_size is not None:
-            raise ValueError(
-                "`accum_steps` has no meaning with `micro_batch_size`, where each batch of fit is "
-                f"an update. Received: accum_steps={value!r}. Give fit another batch_size instead."
-            )
-        if self._accumulating_optimizer is not None:
-            self._accumulating_optimizer.accum_steps = value
-        self._accum_steps = check_accum_steps(value, "batches per update")
+        self._mode.set_accum_steps(self, value)
 
     @property
     def shared_inputs(self):
@@ -333,17 +234,11 @@ class GradientAccumulateModel(ModelWrapper):
         An integer can be set, between fits or within one; the next batch is cut by it, with a new
         trace of the training step.
         """
-        return self._micro_batch_size
+        return self._mode.micro_batch_size
 
     @micro_batch_size.setter
     def micro_batch_size(self, value):
-        if self._micro_batch_size is None:
-            raise ValueError(
-                "`micro_batch_size` has no meaning with `accum_steps`, where each batch of fit is "
-                f"a micro-batch. Received: micro_batch_size={value!r}. Give fit another batch_size "
-                "instead, or make a model with micro_batch_size."
-            )
-        self._micro_batch_size = _checked_micro_batch_size(value)
+        self._mode.set_micro_batch_size(value)
         if self.train_function is not None:
             # Keras's own, since what is trainable is still to be as it was; `fit` looks it up in
             # each step.
@@ -357,17 +252,12 @@ class GradientAccumulateModel(ModelWrapper):
     @property
     def dropped_micro_steps(self):
         """int64 scalar tensor: micro-batches dropped so far (0 if none can be)."""
-        return tf.convert_to_tensor(self._counts.dropped_micro_steps)
+        return tf.convert_to_tensor(self._mode.counts(self).dropped_micro_steps)
 
     @property
     def dropped_cycles(self):
         """int64 scalar tensor: cycles dropped so far (0 if none can be)."""
-        return tf.convert_to_tensor(self._counts.dropped_cycles)
-
-    @property
-    def _counts(self):
-        """What counts the drops: this model, or the optimizer that it accumulates in."""
-        return self._accumulating_optimizer or self._drops
+        return tf.convert_to_tensor(self._mode.counts(self).dropped_cycles)
 
     def compile(
         self,
@@ -396,11 +286,9 @@ class GradientAccumulateModel(ModelWrapper):
                 subclassed model, batch norm within another layer, masks, activity
                 regularisers, renormalisation); or if another optimizer was in mid-cycle.
         """
-        self._check_layers()
+        self._mode.check_layers(self)
         self._check_no_open_cycle(optimizer)
-        self._exact_batch_norm = None
-        if self.built:
-            self._plan_exact_batch_norm()
+        self._mode.plan_anew(self)
         super().compile(
             optimizer=self._accumulating(optimizer),
             loss=loss,
@@ -412,8 +300,9 @@ class GradientAccumulateModel(ModelWrapper):
             jit_compile=jit_compile,
             auto_scale_loss=auto_scale_loss,
         )
-        if self._accumulating_optimizer is not None and self.built:
-            self._accumulating_optimizer.rebuild(self.trainable_variables)
+        accumulating = accumulating_optimizer_of(self)
+        if accumulating is not None and self.built:
+            accumulating.rebuild(self.trainable_variables)
 
     def make_train_function(self, force=False):
         """As for `keras.Model`, which calls it before each fit and `train_on_batch`.
@@ -422,17 +311,12 @@ class GradientAccumulateModel(ModelWrapper):
             ValueError: If `trainable` of a variable was changed since the model was compiled and
                 trained, or if the model was compiled without an optimizer.
         """
-        self._splits = True
-        if type(self).train_step is GradientAccumulateModel.train_step:
-            if self.optimizer is None:
-                raise ValueError(
-                    "Training needs an optimizer. Received: compile(optimizer=None). Compile with "
-                    'one, such as compile("adam", loss).'
-                )
-        elif self._plain_optimizers is None and self.accum_steps != 1:
-            self._plain_optimizers = warn_of_those_that_do_not_accumulate(
-                self, self.optimizer, self.accum_steps
+        if not self._own_step and self.optimizer is None:
+            raise ValueError(
+                "Training needs an optimizer. Received: compile(optimizer=None). Compile with "
+                'one, such as compile("adam", loss).'
             )
+        self._mode.note_training(self, self._own_step)
         if self.train_function is None or force:
             self._trainable_at_compile = {id(v): v.trainable for v in self.variables}
         for variable in self.variables:
@@ -477,14 +361,12 @@ class GradientAccumulateModel(ModelWrapper):
         With `accum_steps` a partial cycle at an epoch's end is applied before its validation and
         its `on_epoch_end` callbacks.
         """
-        own = [FlushAtEpochEnd()] if self.micro_batch_size is None else []
-        own += self._policy.callbacks()
-        own += [WarnOfOnePiece(batch_size, self._largest_batch)] if self._largest_batch else []
+        own = [*self._mode.callbacks(batch_size), *self._policy.callbacks()]
         if isinstance(callbacks, keras.callbacks.CallbackList):
             for callback in own:
                 callback.set_model(self)
             callbacks.callbacks[:0] = own
-        elif own:
+        else:
             callbacks = [*own, *tf.nest.flatten(callbacks or [])]
         # By keyword, where tools that patch `keras.Model.fit` look for them.
         return super().fit(
@@ -523,7 +405,7 @@ class GradientAccumulateModel(ModelWrapper):
 
         As for `GradientAccumulateOptimizer`; with `micro_batch_size` every batch does.
         """
-        optimizer = self._accumulating_optimizer
+        optimizer = accumulating_optimizer_of(self)
         return optimizer is None or optimizer.ended_in_update
 
     @property
@@ -532,7 +414,7 @@ class GradientAccumulateModel(ModelWrapper):
 
         As for `GradientAccumulateOptimizer`; with `micro_batch_size` every batch does.
         """
-        optimizer = self._accumulating_optimizer
+        optimizer = accumulating_optimizer_of(self)
         return tf.constant(True) if optimizer is None else optimizer.just_updated
 
     def train_step(self, data):
@@ -544,24 +426,14 @@ class GradientAccumulateModel(ModelWrapper):
         Returns:
             Dict of the metrics' values.
         """
-        self._splits = True
-        optimizer = self._accumulating_optimizer
-        if optimizer is not None and not optimizer.accumulates:
-            with led():
-                logs = super().train_step(data)
-            self._end_cycle_of_batch_norms()
-            return logs
-        data = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
-        batch = None if self.micro_batch_size is None else Batch.of(data, self._shared_inputs)
-        with outside_of_tracing():
-            _keras.build_for_training(self, data)
-        self._check_layers()
-        self._plan_exact_batch_norm()
-        with _keras.activity_regularizers_by_rank(self):
-            if batch is None:
-                return self._train_across_steps(data)
-            self._check_optimizer_does_not_accumulate(self.optimizer)
-            return self._train_within_step(batch)
+        plain_step = super().train_step
+
+        def build(data):
+            with outside_of_tracing():
+                _keras.build_for_training(self, data)
+
+        tensors = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
+        return self._mode.train_step(self, tensors, build, lambda: plain_step(data))
 
     def micro_batch_weight(self, x, y, sample_weight):
         """What a micro-batch counts for where no compiled loss tells; to be overridden.
@@ -593,267 +465,9 @@ class GradientAccumulateModel(ModelWrapper):
         """
         return None
 
-    def _train_across_steps(self, data):
-        step = self._micro_step(data)
-        if step.groups:
-            # Not through a loss scaler, whose `apply` takes no weights.
-            optimizer = self._accumulating_optimizer
-            optimizer.lead(self._batch_norms)
-            optimizer.apply_contributions(step.groups, self.trainable_weights)
-        weight, compiled = step.weight, [t for t in step.terms if t.compiled]
-        if len(compiled) == 1 and compiled[0].denominator is not None:
-            weight = compiled[0].denominator
-        # Keras divides losses by the number of replicas, and logs them undivided.
-        replicas = number_of_replicas()
-        values = [
-            (replicas * t.value, step.weight if t.denominator is None else t.denominator)
-            for t in compiled
-        ]
-        return self._with_loss(step.logs, (replicas * step.loss, weight), values)
-
-    def _train_within_step(self, batch):
-        variables = self.trainable_weights
-        examples = batch.examples
-        self._largest_batch.see(examples)
-        total = None  # what will be left of the effective batch, if some of it may be dropped
-        if not self._policy.screens:
-            total = sum_over_replicas(tf.cast(examples, tf.float64)) / number_of_replicas()
-
-        effective = _Effective(total, batch.times_weighed(self.micro_batch_size))
-        if self._exact_batch_norm is not None:
-            sums, logs = self._sum_of_exact(batch, effective, variables)
-        else:
-            sums, logs = self._sum_of_micro_steps(batch, effective, variables)
-        newest = {i: largest([g[i] for g, _ in sums[0]]) for i in overwritten_of(variables)}
-        groups, (losses, counts) = sum_over_replicas(sums)
-        if groups:
-            # Under a strategy, what averages was divided by the number of replicas.
-            means = sum_of_means(
-                [(g, None if w is None else w / number_of_replicas()) for g, w in groups]
-            )
-            self._update(
-                [newest.get(i, mean) for i, mean in enumerate(means)],
-                counts or (tf.zeros((), tf.float64), tf.ones((), tf.float64)),
-            )
-        loss, values = loss_from_sums(losses)
-        if self._policy.screens:
-            left = losses[-1][-1] / number_of_replicas()
-            return self._with_loss(logs, (loss, left), [(value, left) for value in values])
-        # Keras weights these by the batch size where it is static, so as the large batch does.
-        weight = examples if isinstance(examples, int) else None
-        return self._with_loss(logs, (loss, examples), [(value, weight) for value in values])
-
-    def _sum_of_micro_steps(self, batch, effective, variables):
-        """Sums of what all micro-steps found, and the logs of the last."""
-
-        def step(micro_batch):
-            step = self._micro_step(micro_batch, effective)
-            losses = loss_sums(step.loss, step.terms, step.weight, step.share)
-            losses = self._policy.screen_losses(step.loss, losses)
-            groups, dropped = self._policy.screen(step.groups)
-            counts = None if dropped is None else (dropped, tf.ones_like(dropped))
-            groups = [(g.gradients, g.weight) for g in groups]
-            return (groups, (losses, counts)), [], step.logs
-
-        sums, _, logs = sum_over_micro_batches(
-            step,
-            batch,
-            self.micro_batch_size,
-            zeros=lambda summands: zero_sums(summands, variables),
-            add=functools.partial(add_to_sums, overwritten=overwritten_of(variables)),
-        )
-        self._end_cycle_of_batch_norms()
-        return sums, logs
-
-    def _sum_of_exact(self, batch, effective, variables):
-        """As `_sum_of_micro_steps`, with the effective batch's batch norm."""
-
-        def totals_of(predict, micro_batch):
-            found = self._loss(micro_batch, predict, effective)
-            return denominators(found.terms, found.weight, found.share)
-
-        def differentiate(predict, micro_batch, totals):
-            found = self._loss(micro_batch, predict, effective)
-            summed = (found.loss, found.terms, found.weight, found.share)
-            scale = self._gradient_scale(found.loss.dtype)
-            targets, seeds = targets_and_seeds(
-                found.loss, found.terms, scale, found.weight, found.share, totals
-            )
-            x, y, sample_weight = micro_batch
-            logs = self.compute_metrics(x, y, found.y_pred, sample_weight=sample_weight)
-            return found.tape, targets, seeds, loss_sums(*summed), logs
-
-        gradients, losses, logs = self._exact_batch_norm.gradients(
-            batch,
-            self.micro_batch_size,
-            variables,
-            totals_of,
-            differentiate,
-            finite_only=self._policy.finite_only,
-        )
-        return ([(gradients, None)] if variables else [], (losses, None)), logs
-
-    def _update(self, gradients, counts):
-        """Updates with the effective batch's gradients, or drops them; on a replica.
-
-        Args:
-            gradients: List with a tensor or None for each trainable variable, the same on all
-                replicas.
-            counts: Tuple of float64 scalars, the micro-batches that were dropped and all.
-        """
-
-        def apply(gradients):
-            # The graph of a step also runs in the call that finds the data at its end: without
-            # its gradients, the update must not count.
-            with (
-                tf.control_dependencies([g for g in gradients if g is not None]),
-                _keras.replicas_agree(self.optimizer),
-                one_by_one(self.optimizer),
-            ):
-                self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
-
-        scaled = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
-        self._drops.update(gradients, *counts, apply, self.optimizer if scaled else None)
-
-    def _loss(self, data, predict, effective=None):
-        """Forward pass of one micro-batch, and what its loss is made of.
-
-        Args:
-            data: `(x, y, sample_weight)`.
-            predict: Function of the tape that returns the predictions.
-            effective: `_Effective` of the batch that `data` is a slice of; None across steps.
-        """
-        x, y, sample_weight = data
-        examples = batch_size(data, self._shared_inputs)
-        known = {"same_shapes": False}
-        if effective is not None:
-            weighed = effective.weighed
-            times = None if weighed is None else by_identity(sample_weight, weighed)
-            known = {"same_shapes": True, "times_weighed": times}
-        with tf.GradientTape(persistent=True) as tape, led(finite_only=self._policy.finite_only):
-            _keras.clear_added_losses(self)
-            y_pred = predict(tape)
-            recorder = LossRecorder(tape, examples=examples, **known)
-            with recorder.recording(self):
-                loss = _keras.compute_loss(self, x, y, y_pred, sample_weight)
-            loss = check_total_loss(loss)
-        terms = with_coefficients(recorder.terms, tape, loss)
-        weight = check_micro_batch_weight(self.micro_batch_weight(x, y, sample_weight))
-        share = None
-        if weight is None:
-            weight, total = examples, None if effective is None else effective.total
-            if total is not None:
-                # A batch without examples is one micro-batch, whose regularisers count.
-                part = tf.math.divide_no_nan(tf.cast(weight, total.dtype), total)
-                share = tf.where(tf.equal(total, 0), tf.ones_like(total), part)
-        return _Loss(tape, y_pred, loss, terms, weight, share)
-
-    def _gradient_scale(self, dtype):
-        return self.optimizer.scale_loss(tf.ones((), dtype))
-
-    def _micro_step(self, data, effective=None):
-        """Forward and backward pass of one micro-batch; arguments as for `_loss`."""
-        x, y, sample_weight = data
-
-        def predict(tape):
-            del tape  # which records it anyway
-            training = {"training": True} if _keras.call_has_training_argument(self) else {}
-            return self(x, **training)
-
-        tape, y_pred, loss, terms, weight, share = self._loss(data, predict, effective)
-        groups = []
-        if self.trainable_weights:
-            in_half = self.compute_dtype == "float16" or isinstance(
-                self.optimizer, keras.optimizers.LossScaleOptimizer
-            )
-            groups = contributions(
-                tape,
-                loss,
-                terms,
-                self.trainable_weights,
-                self._gradient_scale(loss.dtype),
-                weight,
-                share,
-                multiply=effective is None and not in_half,
-            )
-        else:
-            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-        return _MicroStep(groups, loss, terms, weight, share, logs)
-
-    def _plan_exact_batch_norm(self):
-        """Cuts the model for `batch_norm="exact"`, unless no batch norm needs it."""
-        if self.batch_norm != "exact" or self._exact_batch_norm is not None:
-            return
-        model = self if self.model is None else self.model
-        if has_batch_statistics(model):
-            self._exact_batch_norm = ExactBatchNorm(model)
-
-    def _with_loss(self, logs, loss, values):
-        """The logs after the metrics of the loss, and of each output's, have seen a step's.
-
-        Args:
-            logs: Dict of the metrics' values before that.
-            loss: Tuple of the total loss and its weight in the mean over the epoch.
-            values: List of the same for each compiled loss.
-        """
-        loss, *values = [self._policy.logged(*pair) for pair in (loss, *values)]
-        _keras.track_loss(self, *loss)
-        metrics = _keras.per_output_loss_metrics(self)
-        for metric, (value, weight) in zip(metrics, values, strict=False):
-            metric.update_state(value, sample_weight=weight)
-        results = self.get_metrics_result()
-        return {name: results.get(name, value) for name, value in logs.items()}
-
-    @property
-    def _batch_norms(self):
-        """The AccumBatchNorm layers, whose cycle is the model's."""
-        return [v for v in _keras.all_layers(self) if isinstance(v, AccumBatchNorm) and v.built]
-
-    def _end_cycle_of_batch_norms(self):
-        for layer in self._batch_norms:
-            layer.end_cycle()
-
-    def _watched(self, fit):
-        """A wrapped model's own `fit`, which warns once where it trains past this model."""
-
-        @functools.wraps(fit)
-        def watched(*args, **kwargs):
-            self._splits = False
-            result = fit(*args, **kwargs)
-            if not self._splits:
-                vars(self)["fit"] = fit
-                name = type(self.model).__name__
-                warnings.warn(
-                    "With `micro_batch_size` it is `keras.Model.fit`, `train_on_batch` and "
-                    f"`train_step` that split batches. Received: {name}.fit, which called none of "
-                    f"them, with micro_batch_size={self.micro_batch_size}: it saw whole batches. "
-                    "Let it end in super().fit(...), or train it without a wrapper, compiled with "
-                    "a GradientAccumulateOptimizer.",
-                    stacklevel=2,
-                )
-            return result
-
-        return watched
-
-    def _check_layers(self):
-        """Refuses layers that synchronise replicas in the loop over micro-batches."""
-        replicas = self.distribute_strategy.num_replicas_in_sync
-        if self.micro_batch_size is None or self.batch_norm == "exact" or replicas == 1:
-            return
-        for layer in _keras.all_layers(self):
-            if getattr(layer, "synchronized", False):
-                raise ValueError(
-                    "With `micro_batch_size` on several replicas no layer may synchronise them, "
-                    "which TensorFlow cannot do in the loop over micro-batches. Received: "
-                    f"{type(layer).__name__}(synchronized=True) {layer.name!r} on "
-                    f"{replicas} replicas. Pass accum_steps instead (fit's batch is then a "
-                    'micro-batch), or batch_norm="exact", or make it synchronized=False.'
-                )
-
     def _check_no_open_cycle(self, optimizer):
         """Refuses another optimizer in place of one that holds gradients."""
-        current = self._accumulating_optimizer
+        current = accumulating_optimizer_of(self)
         if current is None or optimizer in (current, self.optimizer):
             return
         held = held_by(current)
@@ -864,22 +478,11 @@ class GradientAccumulateModel(ModelWrapper):
                 "model.flush() to update with them, or model.optimizer.reset() to drop them."
             )
 
-    def _check_optimizer_does_not_accumulate(self, optimizer):
-        """For `micro_batch_size`. A `MultiOptimizer` may know its parts only once it is built."""
-        for part in parts_of(optimizer):
-            for name in ("gradient_accumulation_steps", "accum_steps"):
-                steps = getattr(part, name, None)
-                if steps:
-                    raise ValueError(
-                        "The model accumulates, so its optimizer must not do it as well. Received: "
-                        f"{type(part).__name__}({name}={steps}) for a model with micro_batch_size="
-                        f"{self.micro_batch_size}. Leave that out."
-                    )
-
     @property
-    def _accumulating_optimizer(self):
-        """The GradientAccumulateOptimizer in use, or None."""
-        return accumulating_optimizer(getattr(self, "optimizer", None))
+    def _own_step(self):
+        """Name of the subclass that overrides `train_step`; empty if none does."""
+        cls = type(self)
+        return "" if cls.train_step is GradientAccumulateModel.train_step else cls.__name__
 
     def _accumulating(self, optimizer):
         """`optimizer` as this model's mode needs it."""
@@ -903,18 +506,7 @@ class GradientAccumulateModel(ModelWrapper):
                 f"non_finite={self.non_finite!r}. Pass "
                 "the inner optimizer to `compile`, or the wrapped one to a plain keras.Model."
             )
-        if self.micro_batch_size is not None:
-            self._check_optimizer_does_not_accumulate(inner)
-            return optimizer
-        wrapped = GradientAccumulateOptimizer(inner, self.accum_steps, non_finite=self.non_finite)
-        if inner is optimizer:
-            return wrapped
-        return keras.optimizers.LossScaleOptimizer(
-            wrapped,
-            initial_scale=optimizer.initial_scale,
-            dynamic_growth_steps=optimizer.dynamic_growth_steps,
-            name=optimizer.name,
-        )
+        return self._mode.optimizer_for(self, optimizer)
 
     def get_config(self):
         """Config of the wrapped model and the mode; a subclass's own, as by Keras, without one."""

@@ -1,5 +1,6 @@
-"""Warns of batches that are no larger than a micro-batch: each then runs in one piece."""
+"""Warns where `micro_batch_size` cuts nothing: small batches, and a `fit` past the model."""
 
+import functools
 import warnings
 
 import keras
@@ -69,4 +70,45 @@ class WarnOfOnePiece(keras.callbacks.Callback):
             f"{largest} examples (batch_size={self._batch_size} was given to `fit`{default}). Pass "
             "the effective batch as batch_size to `fit`, or a smaller micro_batch_size.",
             stacklevel=2,
+        )
+
+
+class OwnFit:
+    """A wrapped model's own `fit`, which is to end in the wrapper's.
+
+    Args:
+        model: The wrapper, with the `fit` of the model in it.
+        micro_batch_size: The wrapper's, for the message.
+    """
+
+    def __init__(self, model, micro_batch_size):
+        self._model, self._fit, self._micro_batch_size = model, model.fit, micro_batch_size
+        self._went_through_model = False
+
+    def note_training(self):
+        """Notes that a training goes through the wrapper."""
+        self._went_through_model = True
+
+    def watched(self):
+        """The `fit`, which warns once if a training did not go through the wrapper."""
+
+        @functools.wraps(self._fit)
+        def watched(*args, **kwargs):
+            self._went_through_model = False
+            result = self._fit(*args, **kwargs)
+            if not self._went_through_model:
+                vars(self._model)["fit"] = self._fit
+                self._warn()
+            return result
+
+        return watched
+
+    def _warn(self):
+        warnings.warn(
+            "With `micro_batch_size` it is `keras.Model.fit`, `train_on_batch` and "
+            f"`train_step` that split batches. Received: {type(self._model.model).__name__}.fit, "
+            f"which called none of them, with micro_batch_size={self._micro_batch_size}: it saw "
+            "whole batches. Let it end in super().fit(...), or train it without a wrapper, "
+            "compiled with a GradientAccumulateOptimizer.",
+            stacklevel=3,
         )

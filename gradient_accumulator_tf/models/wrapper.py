@@ -15,7 +15,7 @@ _STEP_METHODS = (
 )
 
 
-class ModelWrapper(keras.Model):
+class ModelWrapper(_keras.AnswersForModel, keras.Model):
     """Base of a model that trains another one in its own way, or has a `call` of its own.
 
     Around a model, layers, variables and metrics are that model's own, and what is not found on the
@@ -92,34 +92,9 @@ class ModelWrapper(keras.Model):
         dtypes = {tensor.dtype for tensor in self.model.inputs} if graph else ()
         return next(iter(dtypes)) if len(dtypes) == 1 else super().input_dtype
 
-    @property
-    def _build_shapes_dict(self):
-        # TFLite looks for it in a model that is no graph of layers. Keras writes it when it builds
-        # one, which the wrapper need not be.
-        model = vars(self).get("model")
-        if model is None:
-            return vars(self).get("_build_shapes_dict")
-        if model.built and _keras.is_functional(model):
-            return {"input_shape": model.input_shape}
-        return model._build_shapes_dict
-
-    @_build_shapes_dict.setter
-    def _build_shapes_dict(self, value):
-        vars(self)["_build_shapes_dict"] = value
-
-    @property
-    def _default_save_signature(self):
-        # `tf.saved_model.save` and TFLite serve by it. Keras makes it from a functional model's
-        # inputs, which the wrapper lacks.
-        return (super() if self.model is None else self.model)._default_save_signature
-
     def get_build_config(self):
         """None around a model, whose own config says how it is built."""
         return super().get_build_config() if self.model is None else None
-
-    def _obj_type(self):
-        # Weight files are laid out by it.
-        return super()._obj_type() if self.model is None else self.model._obj_type()
 
     def __getattr__(self, name):
         if not self._is_looked_up(name):

@@ -2,46 +2,40 @@
 
 import contextlib
 import weakref
-from collections.abc import Mapping
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf._checks import check_choice, check_steps
-from gradient_accumulator_tf._keras.model_hooks import hook_into_models
-from gradient_accumulator_tf.cycle.accumulator import GradientAccumulator
-from gradient_accumulator_tf.cycle.gradients import (
-    Contribution,
-    accumulation_dtype,
-    in_shape_of,
-    received_of,
-    scale_gradient,
-)
+from gradient_accumulator_tf._checks import check_choice
+from gradient_accumulator_tf._keras.patches import hook_into_models
+from gradient_accumulator_tf.cycle.accumulator import CycleEnd, GradientAccumulator, NoSums
+from gradient_accumulator_tf.cycle.gradients import Contribution
 from gradient_accumulator_tf.cycle.non_finite import PROPAGATE, NoDrops, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
     check_accum_steps,
     deserialize_accum_steps,
     serialize_accum_steps,
-    traced,
 )
 from gradient_accumulator_tf.cycle.weights import checked_weight
-from gradient_accumulator_tf.optimizers.checkpoint_notes import CheckpointNotes, Untracked
+from gradient_accumulator_tf.optimizers.checkpoint_notes import CheckpointNotes
+from gradient_accumulator_tf.optimizers.cycle_length import CycleLength
 from gradient_accumulator_tf.optimizers.traces import Traces
+from gradient_accumulator_tf.optimizers.trained_variables import TrainedVariables
 from gradient_accumulator_tf.optimizers.update_order import one_by_one
 from gradient_accumulator_tf.optimizers.wrapper import (
     OptimizerWrapper,
     check_does_not_accumulate,
     check_optimizer,
 )
-from gradient_accumulator_tf.replicated.conditionals import run_on_replicas_if
 from gradient_accumulator_tf.replicated.replicas import (
     check_made_under,
     check_strategy,
     number_of_replicas,
+    prepare_fit,
 )
-from gradient_accumulator_tf.replicated.variables import counter, outside_of_tracing
+from gradient_accumulator_tf.replicated.variables import outside_of_tracing
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
@@ -146,17 +140,16 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         policy = policy_of(non_finite)
         optimizer = _checked_inner_optimizer(optimizer)
         check_strategy()
+        prepare_fit()
         example = "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8)"
         super().__init__(optimizer, name, kwargs, example)
-        self._accum_steps = self._first_accum_steps = accum_steps
-        self._schedule = _hidden(traced(accum_steps)) if callable(accum_steps) else None
-        self._next_steps = None
+        self._length = CycleLength(accum_steps)
         self._reduction = reduction
         self._policy = policy
-        self._accumulator = None
+        self._trained = TrainedVariables(self)
+        self._accumulator = self._no_sums()
         self._drops = NoDrops()
         self._loss_scaler = None
-        self._updates_running = 0
         self._followers = tuple
         self._state_to_load = None
         self._weights_to_set = None
@@ -178,41 +171,36 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             ValueError: On setting it to less than 1; or to more, where there are no sums and a
                 `tf.function` of your own was traced without them.
         """
-        if self._next_steps is not None:
-            with tf.init_scope():
-                return int(self._next_steps.value.numpy())
-        return self._accum_steps
+        return self._length.accum_steps
 
     @accum_steps.setter
     def accum_steps(self, value):
-        if self._schedule is not None or callable(value) or isinstance(value, Mapping):
-            raise TypeError(
-                "`accum_steps` can be set to an integer, if it was one: a schedule is for the "
-                f"constructor. Received: accum_steps={value!r}, in place of {self._accum_steps!r}. "
-                f"Compile with {type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), "
-                "which keeps the inner optimizer's state."
-            )
-        self._take_accum_steps(check_steps(value, "micro-batches per update"))
+        self._take_accum_steps(self._length.checked(value, type(self).__name__))
 
     @property
     def steps_in_cycle(self):
-        """int64 scalar variable: micro-batches in the current cycle once it is complete.
+        """int64 scalar tensor: micro-batches in the current cycle once it is complete.
 
-        Between cycles it is the last one's; 0 before the first and after `reset`. The integer 1
-        if the optimizer keeps no sums (`accum_steps=1`).
+        Between cycles it is the last one's; 0 before the first and after `reset`. Always 1 if the
+        optimizer keeps no sums (`accum_steps=1`).
         """
-        return 1 if self._accumulator is None else self._accumulator.steps_in_cycle
+        return self._accumulator.in_cycle()[1]
 
     @property
     def accumulates(self):
-        """Whether sums are kept, which one micro-batch per update on one replica does without."""
+        """Whether gradients are added up.
+
+        False if every gradient goes straight to the inner optimizer (`accum_steps=1`, one replica,
+        `non_finite="propagate"`). With several replicas `accum_steps=1` accumulates too: gradients
+        are summed over replicas before clipping, and weighed by every replica's examples.
+        """
         if self.built:
-            return not self._keeps_no_sums()
+            return self._accumulator.keeps_sums
         if self._groups_to_make or _holds_open_cycle(self._state_to_load or {}):
             return True
         if any(weight.dtype == bool for weight in self._weights_to_set or ()):
             return True  # only sums have such a variable: which of them were begun
-        one_by_one = self._accum_steps == 1 and self._policy is PROPAGATE
+        one_by_one = self.accum_steps == 1 and self._policy is PROPAGATE
         return not one_by_one or number_of_replicas() > 1
 
     @property
@@ -237,8 +225,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
     @property
     def micro_step(self):
-        """int64 scalar variable: micro-batches in the current cycle (0 before `build`)."""
-        return 0 if self._accumulator is None else self._accumulator.micro_step
+        """int64 scalar tensor: micro-batches in the current cycle (0 before `build`)."""
+        return self._accumulator.in_cycle()[0]
 
     @property
     def just_updated(self):
@@ -259,9 +247,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             average.assign(tf.where(optimizer.just_updated, moved, average))
         ```
         """
-        if self._keeps_no_sums():
-            return tf.greater(tf.convert_to_tensor(self.iterations), 0)
-        return self._accumulator.just_ended
+        return self._accumulator.just_ended()
 
     @property
     def ended_in_update(self):
@@ -289,15 +275,12 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         sums for further denominators. These come with the losses that need them. A
         `LossScaleOptimizer` is not told of them, as it saves by number.
         """
-        further = []
-        if self._accumulator is not None and self._loss_scaler is None:
-            further = self._accumulator.variables_of_further_groups
+        further = self._accumulator.variables_of_further_groups
+        further = further if self._loss_scaler is None else []
         return [*self._variables_from_build, *further]
 
     @property
     def _variables_from_build(self):
-        if self._accumulator is None:
-            return self.inner_optimizer.variables
         cycle = self._accumulator.variables_from_build
         return [*self.inner_optimizer.variables, *self._drops.variables, *cycle]
 
@@ -321,11 +304,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             if not self.inner_optimizer.built:
                 self.inner_optimizer.build(variables)
         self._trainable_variables = variables
-        self._trained_anyway = set()
-        self._trainable_variables_indices = {
-            _keras.variable_key(self, v): i for i, v in enumerate(variables)
-        }
-        # Replicas do not clip or check what is not summed yet, nor weigh their own share alone.
+        self._trained = TrainedVariables(self, variables)
         if self.accumulates:
             self._make_sums()
         self.built = True
@@ -349,8 +328,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             vars(self)["_weights_to_set"] = [np.array(w) for w in weights]
             return
         if len(weights) > len(self.variables):
-            if self._accumulator is None:
-                self._begin_to_accumulate()
+            self._begin_to_accumulate()
             self._accumulator.make_groups_for(len(weights) - len(self._variables_from_build))
         super().set_weights(weights)
 
@@ -370,8 +348,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             ValueError: If the inner optimizer cannot be copied by its config.
         """
         variables = list(variables)
-        before = self._trainable_variables_indices if self.built else {}
-        indices = [before.get(_keras.variable_key(self, v)) for v in variables]
+        indices = self._trained.indices_of(variables)
         if not self.built or None not in indices:
             return
         with self._in_strategy():
@@ -383,11 +360,11 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                     f"{type(self.inner_optimizer).__name__}, which failed with: {error} Compile "
                     "with a new optimizer."
                 ) from error
-            accumulator, self._accumulator = self._accumulator, None
-            self._groups_to_make = 0 if accumulator is None else accumulator.number_of_groups
+            accumulator, self._accumulator = self._accumulator, self._no_sums()
+            self._groups_to_make = accumulator.number_of_groups
             self.inner_optimizer, self.built = copy, False
             self.build(variables)
-            if accumulator is not None:
+            if accumulator.keeps_sums:
                 self._accumulator.take_over(accumulator, indices)
 
     def apply_gradients(self, grads_and_vars, weight=None):
@@ -430,9 +407,6 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         grads = list(grads)
         if not grads:
             return
-        if self.is_updating:
-            self.inner_optimizer.apply(grads, trainable_variables)
-            return
         weight = checked_weight(weight, finite=not self._policy.finite_only)
         contribution = Contribution(grads, weight, averaged=self._reduction == "mean")
         self.apply_contributions([contribution], trainable_variables)
@@ -445,47 +419,28 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 nothing to accumulate: with `accum_steps=1` on one replica.
             trainable_variables: The variables of each contribution's gradients; as for `apply`.
         """
-        contributions = [
+        aligned = [
             c._replace(gradients=self._aligned(c.gradients, trainable_variables))
             for c in contributions
         ]
-        if self._keeps_no_sums():
-            (only,) = contributions
-            gradients = _alone(only)
-            # The graph of a step also runs in the call that finds the data at its end: without
-            # its gradients, the update must not count.
-            ready = tf.nest.flatten(gradients, expand_composites=True)
-            with tf.control_dependencies([t for t in ready if t is not None]):
-                self._apply_to_inner(gradients)
-            return
-        self._accumulator.begin(self._steps_of_next_cycle())
-        contributions, dropped = self._policy.screen(contributions)
-        self._accumulator.add(*contributions, dropped=dropped)
-        certain = [received_of(c) for c in contributions]
-        run_on_replicas_if(
-            lambda: self._accumulator.is_complete,
-            lambda run: self._update(run, certain),
+        contributions, dropped = self._policy.screen(aligned)
+        self._accumulator.take(
+            contributions, dropped, lambda: self._length.next(self.iterations), self._cycle_end()
         )
 
     @tf.autograph.experimental.do_not_convert
     def flush(self):
         """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
-        if self._keeps_no_sums():
-            return
         with self._in_strategy():
-            run_on_replicas_if(
-                lambda: tf.greater(self._accumulator.micro_step, 0),
-                lambda run: self._update(run, certain=None),
-            )
+            self._accumulator.flush(self._cycle_end())
 
     @tf.autograph.experimental.do_not_convert
     def reset(self):
         """Drops what a partial cycle holds, without an update."""
-        if not self._keeps_no_sums():
-            with self._in_strategy():
-                self._accumulator.drop()
-                for follower in self._followers():
-                    follower.reset()
+        with self._in_strategy():
+            self._accumulator.drop()
+            for follower in self._followers():
+                follower.reset()
 
     def lead(self, followers):
         """Tells other state of a cycle when it ends.
@@ -495,11 +450,6 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 and `reset()`, called when a partial cycle is dropped.
         """
         self._followers = lambda: followers
-
-    @property
-    def is_updating(self):
-        """Whether an update is being traced or run, in which `apply` is the inner optimizer's."""
-        return self._updates_running > 0
 
     def scaled_by(self, loss_scaler):
         """Takes gradients scaled by the `LossScaleOptimizer` that is around this optimizer.
@@ -521,11 +471,11 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         there is more to tell: `accum_steps`, if it was set, and what was dropped.
         """
         self.inner_optimizer.save_own_variables(store)
-        if self._accumulator is not None and int(self._accumulator.micro_step.numpy()):
+        if int(self.micro_step):
             for name, variable in self._accumulator.state.items():
                 store[name] = variable.numpy()
-        if self._steps_set_by_hand is not None:
-            store["accum_steps"] = np.int64(self._steps_set_by_hand)
+        if self._length.set_by_hand is not None:
+            store["accum_steps"] = np.int64(self._length.set_by_hand)
         dropped = self._drops.state
         if any(int(variable.numpy()) for variable in dropped.values()):
             for name, variable in dropped.items():
@@ -538,8 +488,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             self._load_state(state)
         else:
             self._state_to_load = state
-            if self._schedule is None and "accum_steps" in state:
-                self._take_accum_steps(int(state["accum_steps"]))
+            self._take_saved_steps(state.get("accum_steps"))
 
     def get_config(self):
         """Config with the serialised inner optimizer."""
@@ -556,26 +505,22 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
         return super().from_config({**config, "accum_steps": steps}, custom_objects)
 
-    @property
-    def _steps_set_by_hand(self):
-        """`accum_steps`, if it is a number that the constructor was not given; or None."""
-        steps = self.accum_steps
-        return None if callable(steps) or steps == self._first_accum_steps else steps
-
     def _take_accum_steps(self, steps):
-        if self.built and self._accumulator is None and steps > 1:
+        if self.built and steps > 1:
             self._begin_to_accumulate()
-        self._accum_steps = steps
-        if self._next_steps is not None:
-            self._next_steps.value.assign(steps)
+        self._length.set(steps)
 
-    def _keeps_no_sums(self):
-        """Whether micro-batches go straight to the inner optimizer; a trace is remembered."""
-        if self._accumulator is not None:
-            return False
-        if self.built:
-            self.traces.note()
-        return True
+    def _take_saved_steps(self, steps):
+        """Takes the number of a file, or None, unless the constructor was given a schedule."""
+        if steps is not None and not self._length.is_schedule:
+            self._take_accum_steps(int(steps))
+
+    def _no_sums(self):
+        def note():
+            if self.built:
+                self.traces.note()
+
+        return NoSums(lambda: self.iterations, note)
 
     def _make_sums(self):
         accumulator = GradientAccumulator(self._trainable_variables)
@@ -586,11 +531,12 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._accumulator = accumulator
         if isinstance(self._drops, NoDrops):
             self._drops = self._policy.new_counts()
-        if self._schedule is None and self._next_steps is None:
-            self._next_steps = Untracked(counter("accum_steps", self._accum_steps))
+        self._length.make_variable()
 
     def _begin_to_accumulate(self):
-        """Makes the sums of an optimizer that was built without."""
+        """Makes the sums of an optimizer that was built without, unless it has them by now."""
+        if self._accumulator.keeps_sums:
+            return
         if self.traces.of_users:
             raise ValueError(
                 "A tf.function that was traced with accum_steps=1 keeps no sums, and cannot begin "
@@ -604,20 +550,17 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self.traces.renew(accumulating_optimizer_of)
 
     def _write_notes(self):
-        groups = 0 if self._accumulator is None else self._accumulator.number_of_groups
-        return {"accum_steps": self._steps_set_by_hand, "groups": groups}
+        groups = self._accumulator.number_of_groups
+        return {"accum_steps": self._length.set_by_hand, "groups": groups}
 
     def _read_notes(self, notes):
         """Makes ready for the variables of a checkpoint."""
-        if self._schedule is None and notes["accum_steps"] is not None:
-            self._take_accum_steps(notes["accum_steps"])
+        self._take_saved_steps(notes["accum_steps"])
         self._groups_to_make = notes["groups"]
         if not self.built:
             return
-        if self._accumulator is None:
-            if self._groups_to_make:
-                self._begin_to_accumulate()
-        elif self._groups_to_make:
+        if self._groups_to_make:
+            self._begin_to_accumulate()
             self._accumulator.make_groups(self._groups_to_make)
         else:
             self._accumulator.drop()
@@ -641,53 +584,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                 )
             variables = self._trainable_variables
         variables = list(variables)
-        if len(grads) != len(variables):
-            raise ValueError(
-                "`grads` must have one entry for each variable (None where there is no "
-                f"gradient). Received: {len(grads)} gradients for {len(variables)} variables."
-            )
         if not self.built:
             self.build(variables)
-        aligned, seen = [None] * len(self._trainable_variables), set()
-        for gradient, variable in zip(grads, variables, strict=True):
-            index = self._trainable_variables_indices.get(_keras.variable_key(self, variable))
-            if index is None:
-                raise ValueError(
-                    "The optimizer accumulates for the variables it was built with. Received: "
-                    f"an unknown variable, {getattr(variable, 'path', variable.name)}. If "
-                    "`trainable` was changed after the optimizer was built, compile the model "
-                    "again with a new optimizer, or call optimizer.rebuild(model."
-                    "trainable_variables) first, which keeps the state of the others."
-                )
-            if index in seen:
-                raise ValueError(
-                    "Each variable must have one gradient. Received: several for "
-                    f"{getattr(variable, 'path', variable.name)}. Add them up before."
-                )
-            seen.add(index)
-            if gradient is None:
-                continue
-            path = getattr(variable, "path", variable.name)
-            aligned[index] = in_shape_of(gradient, variable.shape, path)
-            if not variable.trainable:
-                self._trained_anyway.add(index)
-        return aligned
-
-    def _is_frozen(self, index):
-        """Whether a variable was frozen since the optimizer was built: it must not move.
-
-        As by Keras's optimizers, one is trained all the same if it is given a gradient.
-        """
-        trainable = self._trainable_variables[index].trainable
-        return not trainable and index not in self._trained_anyway
-
-    def _steps_of_next_cycle(self):
-        """int64 scalar tensor: the micro-batches of a cycle that begins now."""
-        if self._schedule is None:
-            return self._next_steps.value.value()
-        updates = tf.cast(tf.convert_to_tensor(self.iterations), tf.int64)
-        # A schedule that was at least 1 where it was probed may not be so everywhere.
-        return tf.maximum(tf.cast(self._schedule(updates), tf.int64), 1)
+        return self._trained.aligned(grads, variables)
 
     def _in_strategy(self):
         """The scope of the strategy that the variables were made in, where none is entered."""
@@ -695,18 +594,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             return contextlib.nullcontext()
         return self._strategy.scope()
 
-    def _update(self, run, certain):
-        """Hands the cycle's means to the inner optimizer, None for what got no gradient.
+    def _cycle_end(self):
+        return CycleEnd(of_sums=self._end_cycle, at_once=self._apply_to_inner)
 
-        Args:
-            run: Function that runs a function on every replica.
-            certain: For each group of gradients, the indices of the variables that got one in
-                this cycle for certain; None if nothing is.
-        """
+    def _end_cycle(self, run, received):
+        """Updates with the cycle's means and starts a new cycle; see `Accumulator.take`."""
         accumulator = self._accumulator
-        everything = {i for i, v in enumerate(self._trainable_variables) if not self._is_frozen(i)}
 
-        def end_cycle():
+        def start_anew():
             accumulator.reset()
             for follower in self._followers():
                 follower.end_cycle()
@@ -715,62 +610,48 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             def result():
                 micro_steps = tf.cast(accumulator.micro_step.value(), tf.float64)
                 everywhere = micro_steps * number_of_replicas()
-                return *accumulator.take_result(indices, certain), everywhere
+                return *accumulator.finish(indices, certain), everywhere
 
-            scaler = None if self._loss_scaler is None else self._loss_scaler()
-            self._drops.update_across(run, result, self._apply_to_inner, scaler)
-            run(end_cycle)
+            self._drops.update_across(run, result, self._apply_to_inner, self._scaler())
+            run(start_anew)
 
-        if tf.executing_eagerly():
-            received = accumulator.received()
-            update(everything & set().union(*received), received)
-            return
-        known = accumulator.ever_received if certain is None else set().union(*certain)
-        known, others = everything & known, sorted(everything - known)
-        if not others:
-            update(everything, certain or ())
-        else:
-            tf.cond(
-                accumulator.any_received(others),
-                lambda: update(everything, certain or ()),
-                lambda: update(known, certain or ()),
-            )
+        accumulator.if_received(self._trained.movable, received, update)
 
     def _apply_to_inner(self, gradients):
         """Hands gradients that are summed over replicas to the inner optimizer.
 
-        By way of the loss scaler, if there is one, whose own inner optimizer is this one.
+        By way of the loss scaler, if there is one.
         """
-        scaler = None if self._loss_scaler is None else self._loss_scaler()
-        optimizer = self.inner_optimizer if scaler is None else scaler
+        scaler = self._scaler()
+        optimizer = self.inner_optimizer
+        if scaler is not None:
+            optimizer = _keras.scaler_around(scaler, optimizer)
+        movable = self._trained.movable
         trained = [
             (gradient, variable)
             for i, (gradient, variable) in enumerate(
                 zip(gradients, self._trainable_variables, strict=True)
             )
-            if gradient is not None or not self._is_frozen(i)
+            if gradient is not None or i in movable
         ]
-        if not trained:
-            return
-        # Every replica's thread counts, as they take turns.
-        self._updates_running += 1
-        try:
+        if trained:
             with _keras.replicas_agree(self.inner_optimizer), one_by_one(optimizer):
                 optimizer.apply(*map(list, zip(*trained, strict=True)))
-        finally:
-            self._updates_running -= 1
+
+    def _scaler(self):
+        """The `LossScaleOptimizer` around this optimizer, or None; Keras saves properties."""
+        return None if self._loss_scaler is None else self._loss_scaler()
 
     def _load_state(self, state):
         # The inner optimizer names its variables "0", "1", ...
         own = {name: value for name, value in state.items() if not name.isdecimal()}
         self.inner_optimizer.load_own_variables({k: v for k, v in state.items() if k not in own})
-        if self._schedule is None and "accum_steps" in own:
-            self._take_accum_steps(int(own["accum_steps"]))
-        if self._accumulator is None and _holds_open_cycle(own):
+        self._take_saved_steps(own.get("accum_steps"))
+        if _holds_open_cycle(own):
             self._begin_to_accumulate()
         for name, variable in self._drops.state.items():
             variable.assign(own.get(name, 0))
-        if self._accumulator is not None:
+        if self._accumulator.keeps_sums:
             self._accumulator.load(own)
 
 
@@ -790,24 +671,6 @@ def accumulating_optimizer_of(model):
 def _holds_open_cycle(state):
     """Whether a dict of what was saved has the sums of a cycle in it."""
     return "micro_step" in state
-
-
-def _alone(contribution):
-    """The gradients of a cycle of one micro-batch: its own, or zero if it does not count."""
-    factor = contribution.weight
-    if factor is None:
-        return contribution.gradients
-    if contribution.averaged:
-        factor = tf.math.divide_no_nan(factor, factor)
-    return [
-        None if g is None else scale_gradient(g, factor, accumulation_dtype(g.dtype))
-        for g in contribution.gradients
-    ]
-
-
-def _hidden(function):
-    """The same function, as one that a checkpoint does not take for state."""
-    return lambda *args: function(*args)
 
 
 def _checked_inner_optimizer(optimizer):

@@ -26,17 +26,3 @@ class CheckpointNotes(tf.train.experimental.PythonState):
     def deserialize(self, string_value):
         """Hands on what `serialize` returned."""
         self._read(json.loads(tf.compat.as_str(string_value)))
-
-
-class Untracked:
-    """Holds a variable that is no state of its own, so that a checkpoint does not find it.
-
-    Args:
-        value: The variable.
-
-    Attributes:
-        value: The variable.
-    """
-
-    def __init__(self, value):
-        self.value = value

@@ -6,10 +6,14 @@ from gradient_accumulator_tf import _keras
 
 
 def run_if(condition, function):
-    """Runs `function()` if `condition`, a scalar bool tensor, holds.
+    """Runs a function if a condition holds.
 
-    XLA copies every variable around a conditional, and updates them in place in a loop of no or
-    one turn. Without XLA the conditional is cheaper than the loop.
+    With XLA it is a loop of zero or one turns: XLA updates variables in place in a loop, and copies
+    each of them around a conditional. Without XLA it is a conditional, which is cheaper there.
+
+    Args:
+        condition: Scalar bool tensor.
+        function: Function without arguments. Its result is not used.
     """
 
     def branch(*_):
@@ -23,21 +27,23 @@ def run_if(condition, function):
 
 
 def across_replicas(action, *args):
-    """Calls `action(run, *args)` where a conditional may hold what synchronises replicas.
+    """Calls `action(run, *args)` in a context whose conditionals may synchronise replicas.
 
-    `run(function, args=())` then runs a function on every replica. To be called on every replica,
-    or outside of them.
+    Must be called on every replica, or outside of them.
 
     Args:
-        action: Function that takes `run` and `args`.
-        *args: Nested structures of tensors and None, of each replica's own; `run` hands them on.
+        action: Function that takes `run` and `args`. `run(function, args=())` runs a function on
+            every replica.
+        *args: Nested structures of each replica's own tensors and None. The action gets them for
+            all replicas, and `run` gives each replica its own.
     """
 
     def run(function, args=()):
         return function(*args)
 
-    # A replica may not synchronise in a conditional; one outside the replicas may run them. Nor may
-    # the only replica of a strategy, whose optimizers make their merge calls all the same.
+    # TensorFlow accepts no merge call in a conditional on a replica. It accepts a conditional
+    # outside of the replicas that calls them. This also holds for the only replica of a strategy,
+    # because Keras's optimizers make their merge calls there too.
     if tf.distribute.in_cross_replica_context():
         action(tf.distribute.get_strategy().extended.call_for_each_replica, *args)
     elif not tf.distribute.has_strategy() or _keras.replicas_need_no_merge_call():
@@ -49,10 +55,10 @@ def across_replicas(action, *args):
 
 
 def run_on_replicas_if(is_due, action):
-    """Calls `action(run)` across replicas if `is_due()`; the functions may talk to other replicas.
+    """Calls `action(run)` if `is_due()`, in a context where replicas may be synchronised.
 
     Args:
         is_due: Function that returns a scalar bool tensor, the same on all replicas.
-        action: Function that takes `run`; see `across_replicas`.
+        action: Function that takes `run`, as in `across_replicas`.
     """
     across_replicas(lambda run: run_if(is_due(), lambda: action(run)))

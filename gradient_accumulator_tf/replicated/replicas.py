@@ -1,4 +1,4 @@
-"""Replicas of a `tf.distribute` strategy, and what they tell each other: sums, once per update."""
+"""Replicas of a `tf.distribute` strategy: their number, sums over them, strategies that work."""
 
 import contextlib
 
@@ -14,15 +14,16 @@ def number_of_replicas():
 
 @contextlib.contextmanager
 def lone_replica():
-    """Within this context a replica that is the only one may synchronise anywhere.
+    """Within this context the only replica of a strategy may synchronise anywhere.
 
-    A strategy's own replica context waits for the other replicas, also where there are none, and so
-    refuses layers and metrics that synchronise in a loop or conditional.
+    A strategy's own replica context waits for other replicas even if there are none. So it refuses
+    layers and metrics that synchronise in a loop or conditional. With several replicas, or without
+    a strategy, nothing changes.
     """
     strategy = tf.distribute.get_strategy()
     in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
     if in_replica and number_of_replicas() == 1:
-        # A reduction asks where a tensor is, which a loop's body does not say by itself.
+        # A reduction needs a device, and a tensor in a loop's body reports none by itself.
         (device,) = strategy.extended.worker_devices
         with tf.distribute.ReplicaContext(strategy, replica_id_in_sync_group=0), tf.device(device):
             yield
@@ -31,12 +32,15 @@ def lone_replica():
 
 
 def sum_over_replicas(tensors):
-    """Each tensor's sum over all replicas; to be called in replica context.
+    """Sums each tensor over all replicas. Must be called in replica context.
 
-    One reduction for each dtype, as one message cannot hold several.
+    There is one reduction for each dtype, because one message cannot hold several.
 
     Args:
         tensors: Nested structure of dense tensors and None.
+
+    Returns:
+        The same structure, the same on all replicas.
     """
     if number_of_replicas() == 1:
         return tensors
@@ -44,7 +48,7 @@ def sum_over_replicas(tensors):
     flat = tf.nest.flatten(tensors)
     for dtype in dict.fromkeys(t.dtype for t in flat if t is not None):
         places = [i for i, t in enumerate(flat) if t is not None and t.dtype == dtype]
-        # The reduction asks where a tensor is; what a variable is read to does not say it.
+        # `all_reduce` needs a device, and a value read from a variable reports none.
         here = [tf.identity(flat[i]) for i in places]
         sums = context.all_reduce(tf.distribute.ReduceOp.SUM, here)
         for i, total in zip(places, sums, strict=True):
@@ -52,12 +56,29 @@ def sum_over_replicas(tensors):
     return tf.nest.pack_sequence_as(tensors, flat)
 
 
-def check_strategy():
-    """Makes ready for the strategy in force.
+def undo_averaging(value):
+    """`value` times the number of replicas.
 
-    Raises:
-        ValueError: If it is one under which nothing here can work.
+    Under a strategy Keras divides every mean, and so its gradient, by the number of replicas, since
+    it adds the gradients up over them. A mean that is weighed by this replica's own examples must
+    not be divided.
+
+    Args:
+        value: Number or scalar tensor.
     """
+    return value * number_of_replicas()
+
+
+def on_average_replica(total):
+    """A sum over all replicas divided by their number; None stays None.
+
+    It is the share in which Keras divides means: see `undo_averaging`.
+    """
+    return None if total is None else total / number_of_replicas()
+
+
+def check_strategy():
+    """Raises ValueError if nothing here can work under the strategy in force."""
     strategy = tf.distribute.get_strategy()
     if _keras.is_parameter_server(strategy):
         raise ValueError(
@@ -66,12 +87,16 @@ def check_strategy():
             "on devices that do not compute. Use tf.distribute.MirroredStrategy (one machine) "
             "or tf.distribute.MultiWorkerMirroredStrategy (several)."
         )
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+
+
+def prepare_fit():
+    """Mends Keras's `fit`, for the rest of the process, if the strategy in force needs it."""
+    if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
         _keras.mend_fit_on_several_workers()
 
 
 def check_made_under(strategy, optimizer):
-    """Raises ValueError unless an optimizer was made under the strategy that it is to train in."""
+    """Raises ValueError unless an optimizer was made under the strategy that trains with it."""
     made = _keras.strategy_of(optimizer)
     if made is not strategy:
         raise ValueError(

@@ -1,36 +1,28 @@
-"""What a layer does besides its outputs, and may have to leave until later.
+"""Side effects of a layer, which may have to wait until after its outputs are computed.
 
-A block that is computed twice calls its layers twice. What they change in Keras's variables can be
-held back by a `keras.StatelessScope`; what they do to TensorFlow's variables cannot.
+A `GradientCheckpoint` computes a block twice, and so calls the layers in it twice. A
+`keras.StatelessScope` holds back what they assign to Keras's variables. It does not hold back what
+they assign to TensorFlow's variables, so layers of this package make such changes in `perform`.
 """
 
 import contextlib
-import threading
 
+from gradient_accumulator_tf.replicated.scoped import ScopedValue
 
-class _Waiting(threading.local):
-    """What this thread, which may be a replica's, holds back; None where nothing is."""
-
-    actions = None
-
-
-_waiting = _Waiting()
+# The list that collects actions, or None where actions run at once.
+_held_back = ScopedValue(None)
 
 
 def perform(action):
-    """Calls `action()`: now, or later if the caller holds side effects back."""
-    if _waiting.actions is None:
+    """Calls `action()`, or appends it to the list of the `held_back` around the call."""
+    if _held_back.value is None:
         action()
     else:
-        _waiting.actions.append(action)
+        _held_back.value.append(action)
 
 
 @contextlib.contextmanager
 def held_back():
-    """Within this context `perform` calls nothing; yields the list of what it was given."""
-    previous = _waiting.actions
-    _waiting.actions = []
-    try:
-        yield _waiting.actions
-    finally:
-        _waiting.actions = previous
+    """Within this context `perform` calls no actions. Yields the list that collects them."""
+    with _held_back.set_to([]) as actions:
+        yield actions

@@ -1,4 +1,4 @@
-"""Variables of a strategy's replicas, made outside of what is being traced."""
+"""Variables of a strategy's replicas, created outside of the trace in progress."""
 
 import contextlib
 
@@ -7,10 +7,11 @@ import tensorflow as tf
 
 @contextlib.contextmanager
 def outside_of_tracing():
-    """Within this context variables are created at once, unnoticed by what is being traced.
+    """Within this context variables are created at once, and the trace in progress has no part.
 
-    A `tf.function` traces everything again if its first trace created variables, also if it did so
-    in `tf.init_scope`; and each variable comes with a conditional that initialises it.
+    Otherwise a `tf.function` traces everything a second time, because its first trace created
+    variables, even if that was in `tf.init_scope`. It also adds a conditional to the graph that
+    initialises each variable.
     """
 
     def create(next_creator, **kwargs):
@@ -23,7 +24,7 @@ def outside_of_tracing():
 # Keras builds optimizers and layers while it traces the first training step.
 @outside_of_tracing()
 def sum_variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
-    """A zero variable of each replica's own; read outside a replica, and saved, is their sum."""
+    """A variable of zeros on each replica. Outside of replicas, and in files, it is their sum."""
     variable = tf.Variable(
         tf.zeros(shape, dtype),
         trainable=False,
@@ -36,7 +37,7 @@ def sum_variable(shape, dtype, name, aggregation=tf.VariableAggregation.SUM):
 
 @outside_of_tracing()
 def counter(name, value=0):
-    """An int64 scalar variable that all replicas keep alike; read outside, and saved, as one."""
+    """An int64 scalar variable, the same on all replicas. Outside of them it is the first's."""
     variable = tf.Variable(
         tf.constant(value, tf.int64),
         trainable=False,
@@ -48,6 +49,6 @@ def counter(name, value=0):
 
 
 def _with_path(variable, name):
-    """A TensorFlow variable with a `path`, by which Keras's legacy HDF5 files know variables."""
+    """Gives a TensorFlow variable the `path` by which Keras's legacy HDF5 files name variables."""
     variable.path = f"gradient_accumulator/{name}"
     return variable

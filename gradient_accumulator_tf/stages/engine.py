@@ -1,56 +1,50 @@
-"""The gradient of an effective batch through its own batch norm statistics, in micro-batches.
+"""The gradient of an effective batch through barriers, in micro-batches.
 
-Batch norm makes each example's output depend on every other example, so micro-batches cannot be
-run to the end one by one. They can stage by stage (see `graph_cuts`). Forward, each stage runs
-over all micro-batches and adds up the moments that the next stage normalises by. Backward, from the
-last stage to the first, each stage is computed again under a tape, micro-batch by micro-batch. The
-derivatives by a batch norm's mean and variance add up over the micro-batches, and then reach each
-element `a` of its input as
-
-    (mean_bar + 2 variance_bar (a - mean)) / n,
-
-which the derivative that arrives through the normalised value itself is added to.
-
-References:
-    - Ioffe and Szegedy, 2015, Batch normalization (the derivatives by mean and variance).
-    - Chan, Golub and LeVeque, 1979 (moments of a union of samples).
-    - Chen et al., 2016, Training deep nets with sublinear memory cost (recomputation).
+Micro-batches cannot be run to the end one by one where an example's output depends on the other
+examples. They can stage by stage. Forward, each stage runs over all micro-batches and adds up what
+the barriers behind it are finished from. The last stage runs forward and backward at once, with the
+loss. Backward, from the stage before it to the first, each stage is computed again under a tape,
+micro-batch by micro-batch, from the same random states (Chen et al. 2016, recomputation). Its
+outputs receive two cotangents: what later stages found for the same example, and what the barriers
+send back from all examples.
 """
 
-import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf.batch_norm.layer import pooled_moments
-from gradient_accumulator_tf.cycle.gradients import add_to_sums, overwritten_of, zero_sums
+from gradient_accumulator_tf.cycle.gradients import Summand
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
+from gradient_accumulator_tf.cycle.rules import Summation
 from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
-from gradient_accumulator_tf.stages.cuts import cut, flat_graph
+from gradient_accumulator_tf.stages.cuts import cut
+from gradient_accumulator_tf.stages.graph import flat_graph
+from gradient_accumulator_tf.stages.rows import gathered, spread
+from gradient_accumulator_tf.stages.run import StageRunner, assign_all, start_of
 
 
-class ExactBatchNorm:
+class StagedGradients:
     """Loss and gradient of a model on an effective batch, as if it ran in one piece.
 
     Args:
         model: A functional or Sequential model, built. Its `trainable` flags count as they are
             now.
+        kind: `BarrierKind`, which of its layers look across examples.
 
     Raises:
-        ValueError: If the model's graph cannot be cut at each trainable batch norm.
+        ValueError: If the model's graph cannot be cut at each barrier.
     """
 
-    def __init__(self, model):
-        self._model = model
-        self._graph = flat_graph(model)
+    def __init__(self, model, kind):
+        self._graph = flat_graph(model, kind)
         self._stages = cut(self._graph)
-        self._training = _Training(name="training", dtype=model.dtype_policy, autocast=False)
+        self._runner = StageRunner(model, self._graph, kind)
 
     def gradients(
         self, batch, micro_batch_size, variables, denominators, differentiate, finite_only=False
     ):
-        """Runs forward and backward over all micro-batches; updates the moving statistics.
+        """Runs forward and backward over all micro-batches, and ends the effective batch.
 
         Args:
             batch: The `Batch` of `(x, y, sample_weight)`.
@@ -61,19 +55,20 @@ class ExactBatchNorm:
                 returns the model's predictions and has the tape record them.
             differentiate: Function of `(predict, micro_batch, totals)`, where `totals` is that
                 sum on an average replica. Returns (persistent tape, targets, their output
-                gradients, scalars to add up, anything).
-            finite_only: Whether to leave moving statistics alone that would not be finite.
+                gradients, nested scalars to add up, anything).
+            finite_only: Whether the barriers leave out what is not finite at the end.
 
         Returns:
-            List with a gradient or None for each variable, the sum of the scalars, both of this
-            replica alone, and what the last micro-batch made of "anything".
+            List with a gradient or None for each variable, and the sum of the scalars, both of
+            this replica alone; and what the last micro-batch made of "anything".
         """
         *stages, last = self._stages
         state = _State(batch, micro_batch_size)
         for stage in stages:
             self._forward(stage, state)
         totals = self._totals(last, state, denominators)
-        gradients, sums, rest = self._head(last, state, variables, totals, differentiate)
+        head = self._head(last, state, variables, totals, differentiate)
+        gradients, sums, result = head.gradients, head.sums, head.result
         positions = {id(v): i for i, v in enumerate(variables)}
         for stage in reversed(stages):
             trained = [v for v in stage.variables if id(v) in positions]
@@ -81,102 +76,107 @@ class ExactBatchNorm:
                 i = positions[id(v)]
                 if gradient is not None:
                     gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
-        self._update_moving_statistics(state, finite_only)
-        return gradients, sums, rest
+        for node, finished in state.finished.items():
+            node.barrier.end(finished, finite_only)
+        return gradients, sums, result
 
     def _forward(self, stage, state):
-        """Keeps what later stages read, and finds the moments that the next ones apply."""
+        """Keeps what later stages read, and finishes the barriers that the next ones apply."""
+        keeps = dict.fromkeys(stage.keeps)
+        keeps |= dict.fromkeys(key for node in _gathering(stage) for key in node.inputs)
 
         def step(micro_batch, *reads):
-            draws = [tf.identity(v.value) for v in stage.states]
-            tensors, ends = self._run(stage, micro_batch, reads, state.moments, draws)
-            for variable, end in zip(stage.states, ends, strict=True):
-                variable.assign(end)
-            sums = [_sums_of_moments(node, tensors[node.inputs[0]]) for node in stage.measures]
-            return ([], sums), [*(tensors[key] for key in stage.keeps), *draws], None
+            draws = start_of(stage.states)
+            tensors, ends = self._runner.run(stage, micro_batch, reads, state.statistics, draws)
+            assign_all(stage.states, ends)
+            contributions = [
+                node.barrier.contribute([tensors[key] for key in node.inputs])
+                for node in stage.contributes
+            ]
+            return _Pass(sums=contributions, kept=[*(tensors[key] for key in keeps), *draws])
 
-        (_, sums), kept, _ = state.loop(
-            step, state.kept_of(stage.reads), part="inputs" if stage.inputs else "none"
-        )
-        state.kept.update(zip(stage.keeps, kept, strict=False))
-        state.draws[stage] = kept[len(stage.keeps) :]
-        for node, node_sums in zip(stage.measures, sums, strict=True):
-            state.moments[node], state.counts[node] = _moments(node.operation, node_sums)
+        found = state.loop(step, state.kept_of(stage.reads), part=_part_for(stage))
+        kept = dict(zip(keeps, found.kept, strict=False))
+        state.draws[stage] = found.kept[len(keeps) :]
+        for node, total in zip(stage.contributes, found.sums, strict=True):
+            state.finish(node, total, kept)
+        state.kept.update((key, kept[key]) for key in stage.keeps)
 
     def _totals(self, stage, state, denominators):
+        """The sum of the loss's denominators, on an average replica."""
+
         def step(micro_batch, *reads):
             def predict(tape):
                 del tape
-                draws = [tf.identity(v.value) for v in stage.states]
-                return self._predict(stage, micro_batch, reads, state.moments, draws)[0]
+                draws = start_of(stage.states)
+                tensors, _ = self._runner.run(stage, micro_batch, reads, state.statistics, draws)
+                return self._runner.predictions(tensors)
 
-            return ([], denominators(predict, micro_batch)), [], None
+            return _Pass(sums=denominators(predict, micro_batch))
 
-        (_, totals), _, _ = state.loop(step, state.kept_of(stage.reads))
+        totals = sum_over_replicas(state.loop(step, state.kept_of(stage.reads)).sums)
         replicas = number_of_replicas()
-        return tf.nest.map_structure(
-            lambda t: None if t is None else t / replicas, sum_over_replicas(totals)
-        )
+        return tf.nest.map_structure(lambda t: None if t is None else t / replicas, totals)
 
     def _head(self, stage, state, variables, totals, differentiate):
         """The last stage and the loss, forward and backward."""
-        inputs = _Inputs(stage, state)
+        sources = _Sources(stage, state)
 
         def step(micro_batch, *kept):
             reads, pending = kept[: len(stage.reads)], kept[len(stage.reads) :]
-            draws = [tf.identity(v.value) for v in stage.states]
+            draws = start_of(stage.states)
 
             def predict(tape):
-                inputs.watch(tape, reads)
-                y_pred, ends = self._predict(stage, micro_batch, reads, state.moments, draws)
-                for variable, end in zip(stage.states, ends, strict=True):
-                    variable.assign(end)
+                sources.watch(tape, reads)
+                tensors, ends = self._runner.run(stage, micro_batch, reads, state.statistics, draws)
+                y_pred = self._runner.predictions(tensors)
+                assign_all(stage.states, ends)
                 return y_pred
 
-            tape, targets, seeds, sums, rest = differentiate(predict, micro_batch, totals)
-            gradients, bars, cotangents = inputs.gradients(
+            tape, targets, seeds, sums, result = differentiate(predict, micro_batch, totals)
+            gradients, by_statistics, by_reads = sources.gradients(
                 tape, targets, seeds, variables, reads, pending
             )
-            return ([(gradients, None)], (bars, sums)), cotangents, rest
+            return _Pass(gradients, (by_statistics, sums), by_reads, result)
 
-        result, cotangents, rest = state.loop(
-            step, [*state.kept_of(stage.reads), *inputs.pending], variables
-        )
-        groups, (bars, sums) = result
-        inputs.store(bars, cotangents)
-        return groups[0][0], sums, rest
+        kept = [*state.kept_of(stage.reads), *sources.pending]
+        found = state.loop(step, kept, variables)
+        by_statistics, sums = found.sums
+        sources.store(by_statistics, found.kept)
+        return found._replace(sums=sums)
 
     def _backward(self, stage, state, variables):
         """Gradients of `variables`; hands on the cotangents of what the stage reads."""
-        inputs = _Inputs(stage, state)
+        sources = _Sources(stage, state)
         kept = [key for key in stage.keeps if key in state.cotangents]
-        measured = [node.inputs[0] for node in stage.measures]
-        # Taken from where they are kept, so that the operations that made them need not run again.
-        known = [key for key in dict.fromkeys(measured) if key in state.kept]
-        parts = (stage.reads, stage.states, kept, known, inputs.pending)
-        bars_by_node = {node: state.total_bars(node) for node in stage.measures}
+        contributing = dict.fromkeys(key for node in stage.contributes for key in node.inputs)
+        # Read from where they are kept, so that the operations that made them need not run again.
+        known = [key for key in contributing if key in state.kept]
+        messages = {node: state.pull_back(node) for node in stage.contributes}
+        rows = [state.spread(t) for n in _gathering(stage) for t in tf.nest.flatten(messages[n])]
+        parts = (stage.reads, stage.states, kept, known, sources.pending, rows)
 
         def step(micro_batch, *tensors):
             tensors = iter(tensors)
-            reads, draws, cotangents, values, pending = [
+            reads, draws, cotangents, values, pending, own_rows = [
                 [next(tensors) for _ in part] for part in parts
             ]
             with tf.GradientTape(persistent=True) as tape:
-                inputs.watch(tape, reads)
-                computed, _ = self._run(stage, micro_batch, reads, state.moments, draws)
+                sources.watch(tape, reads)
+                computed, _ = self._runner.run(stage, micro_batch, reads, state.statistics, draws)
+            values = {**computed, **dict(zip(known, values, strict=True))}
             targets = dict(zip(kept, cotangents, strict=True))
-            values = dict(zip(known, values, strict=True))
-            for node in stage.measures:
-                key = node.inputs[0]
-                through_moments = _cotangent_through_moments(
-                    node,
-                    values.get(key, computed[key]),
-                    state.moments[node],
-                    bars_by_node[node],
-                    state.counts[node],
-                )
-                targets[key] = through_moments + targets[key] if key in targets else through_moments
-            gradients, bars, cotangents = inputs.gradients(
+            own_rows = iter(own_rows)
+            for node, message in messages.items():
+                if node.barrier.gathers:
+                    flat = [next(own_rows) for _ in tf.nest.flatten(message)]
+                    message = tf.nest.pack_sequence_as(message, flat)
+                inputs = [values[key] for key in node.inputs]
+                sent_back = node.barrier.send_back(inputs, message)
+                for key, cotangent in zip(node.inputs, sent_back, strict=True):
+                    if cotangent is not None:
+                        targets[key] = cotangent + targets[key] if key in targets else cotangent
+            gradients, by_statistics, by_reads = sources.gradients(
                 tape,
                 [computed[key] for key in targets],
                 list(targets.values()),
@@ -184,100 +184,42 @@ class ExactBatchNorm:
                 reads,
                 pending,
             )
-            return ([(gradients, None)], bars), cotangents, None
+            return _Pass(gradients, by_statistics, by_reads)
 
-        result, cotangents, _ = state.loop(
+        found = state.loop(
             step,
             [
                 *state.kept_of(stage.reads),
                 *state.draws[stage],
                 *(state.cotangents.pop(key) for key in kept),
                 *state.kept_of(known),
-                *inputs.pending,
+                *sources.pending,
+                *rows,
             ],
             variables,
-            part="inputs" if stage.inputs else "none",
+            part=_part_for(stage),
         )
-        groups, bars = result
         for key in stage.keeps:
             del state.kept[key]
-        inputs.store(bars, cotangents)
-        return groups[0][0]
+        sources.store(found.sums, found.kept)
+        return found.gradients
 
-    def _predict(self, stage, micro_batch, reads, moments, draws):
-        tensors, ends = self._run(stage, micro_batch, reads, moments, draws)
-        outputs = [tensors[key] for key in self._graph.outputs]
-        return _keras.packed_outputs(self._model, outputs), ends
 
-    def _run(self, stage, micro_batch, reads, moments, draws):
-        """Computes a stage, and changes nothing.
+class _Pass(NamedTuple):
+    """What a pass over a micro-batch found; after a loop, over all micro-batches.
 
-        Returns:
-            Dict of tensors, and list of the values that the states of random layers end with.
-        """
-        tensors = dict(zip(stage.reads, reads, strict=True))
-        if stage.inputs:
-            inputs = _keras.standardized_inputs(self._model, micro_batch[0])
-            tensors.update(zip(self._graph.inputs, inputs, strict=True))
+    Attributes:
+        gradients: List with a tensor or None for each variable, summed over micro-batches; None
+            if none are taken.
+        sums: Nested structure of tensors and None, summed over micro-batches.
+        kept: List of tensors of the micro-batch; after a loop, of `Kept`.
+        result: Nested tensors; after a loop, those of the last micro-batch.
+    """
 
-        def compute():
-            for node in stage.nodes:
-                if node.waits:
-                    outputs = [_normalized(node.operation, tensors[node.inputs[0]], *moments[node])]
-                else:
-                    outputs = _call(node, [tensors[key] for key in node.inputs])
-                tensors.update(zip(node.outputs, outputs, strict=True))
-            return ()
-
-        # What layers would assign stays in the scope, so that a stage can be computed again.
-        states = zip(stage.states, draws, strict=True)
-        known = set(_operations())
-        with keras.StatelessScope(state_mapping=states, collect_losses=True) as scope:
-            self._training((), function=compute, training=True)
-        self._check_effects(stage, scope, [op for op in _operations() if op not in known])
-        return tensors, [scope.get_current_value(v) for v in stage.states]
-
-    def _check_effects(self, stage, scope, operations):
-        """Refuses layers that do in training what a second computation would not repeat."""
-        layers = ", ".join(node.operation.name for node in stage.nodes if not node.waits)
-        drawing = [op.type for op in operations if op.op_def.is_stateful and "Rand" in op.type]
-        if drawing:
-            raise ValueError(
-                'With batch_norm="exact" random layers must draw the same again. Received: '
-                f"TensorFlow's {drawing[0]} in one of the layers {layers}. Use keras.random with a "
-                "keras.random.SeedGenerator that is an attribute of the layer."
-            )
-        changed = set(scope.state_mapping) - {id(v) for v in stage.states}
-        if changed:
-            names = [v.path for v in self._model.variables if id(v) in changed]
-            raise ValueError(
-                'With batch_norm="exact" no layer but batch norm may change a variable in '
-                "training, since it is computed twice. Received: a layer that changes "
-                f"{', '.join(names) or 'a variable outside of the model'}. Give random layers a "
-                "keras.random.SeedGenerator of their own as an attribute, replace or freeze "
-                'others, or pass batch_norm="micro_batch".'
-            )
-        if scope.losses:
-            raise ValueError(
-                'With batch_norm="exact" no layer may call `add_loss`. Received: '
-                f"{len(scope.losses)} such losses from one of the layers {layers}. "
-                'Make it an output with a loss of its own, or pass batch_norm="micro_batch".'
-            )
-
-    def _update_moving_statistics(self, state, finite_only):
-        for node in self._graph.nodes:
-            if not node.waits:
-                continue
-            layer = node.operation
-            moving = (layer.moving_mean, layer.moving_variance)
-            for variable, value in zip(moving, state.moments[node], strict=True):
-                old = tf.cast(variable.value, value.dtype)
-                new = old * layer.momentum + value * (1.0 - layer.momentum)
-                # A replica without examples has no mean.
-                new = tf.where(tf.equal(state.counts[node], 0), old, new)
-                if finite_only:
-                    new = tf.where(tf.reduce_all(tf.math.is_finite(new)), new, old)
-                variable.assign(tf.cast(new, variable.dtype))
+    gradients: list | None = None
+    sums: Any = ()
+    kept: Sequence = ()
+    result: Any = None
 
 
 class _State:
@@ -286,43 +228,79 @@ class _State:
     Attributes:
         kept: Dict of `Kept` by tensor: values.
         draws: Dict of lists of `Kept` by stage: the states that its random layers started with.
-        moments: Dict of (mean, variance) by batch norm.
-        counts: Dict of the number of elements per channel by batch norm.
-        cotangents: Dict of `Kept` by tensor: the loss's derivatives by it so far.
-        bars: Dict of the derivatives by (mean, variance) so far by batch norm.
+        finished: Dict of `Finished` by node of a barrier.
+        statistics: Dict of the statistics in these.
+        cotangents: Dict of `Kept` by tensor: the loss's derivatives with respect to it so far.
+        by_statistics: Dict of the loss's derivatives with respect to a barrier's statistics so
+            far, in float64, by node.
     """
 
     def __init__(self, batch, micro_batch_size):
         self._parts = {"all": batch, "inputs": batch.inputs(), "none": batch.counter()}
         self._micro_batch_size = micro_batch_size
-        self.kept, self.draws, self.moments, self.counts = {}, {}, {}, {}
-        self.cotangents, self.bars = {}, {}
+        self.kept, self.draws, self.cotangents = {}, {}, {}
+        self.finished, self.statistics, self.by_statistics = {}, {}, {}
 
     def kept_of(self, keys):
+        """List of the values that are kept of tensors."""
         return [self.kept[key] for key in keys]
 
+    def finish(self, node, total, kept):
+        """Finishes the barrier of a node, once all micro-batches have contributed.
+
+        Args:
+            node: The node.
+            total: The sum of the contributions.
+            kept: Dict of `Kept` by tensor: its inputs, if the barrier gathers.
+        """
+        inputs = None
+        if node.barrier.gathers:
+            batch, size = self._parts["none"], self._micro_batch_size
+            inputs = [gathered(kept[key], batch, size) for key in node.inputs]
+        self.finished[node] = node.barrier.finish(total, inputs)
+        self.statistics[node] = self.finished[node].statistics
+
+    def pull_back(self, node):
+        """The message of a node's barrier, once all later stages ran backward."""
+        return node.barrier.pull_back(self.finished[node], self.by_statistics.pop(node))
+
+    def spread(self, rows):
+        """`Kept` of each micro-batch's rows of a tensor with one for each example."""
+        return spread(rows, self._parts["none"], self._micro_batch_size)
+
     def loop(self, step, kept, variables=(), part="all"):
-        """`sum_over_micro_batches` with `part` of the batch: "all", "inputs" or "none"."""
-        # To cut what nobody reads would be a third of a deep net's graph.
-        batch = self._parts[part]
-        return sum_over_micro_batches(
-            step,
-            batch,
+        """Runs a step over all micro-batches.
+
+        Args:
+            step: Function of a micro-batch, and of a tensor for each of `kept`; returns `_Pass`.
+            kept: List of `Kept`.
+            variables: List of the variables that the step takes gradients of.
+            part: What the step reads of the batch: "all", "inputs" or "none". Slicing what no
+                operation of the stage reads would be a third of a deep net's graph.
+
+        Returns:
+            `_Pass`.
+        """
+
+        def summed(*args):
+            found = step(*args)
+            groups = [] if found.gradients is None else [Summand(found.gradients)]
+            return (groups, found.sums), list(found.kept), found.result
+
+        summation = Summation(variables)
+        (sums, others), kept, result = sum_over_micro_batches(
+            summed,
+            self._parts[part],
             self._micro_batch_size,
-            zeros=lambda summands: zero_sums(summands, variables),
-            add=functools.partial(add_to_sums, overwritten=overwritten_of(variables)),
-            kept=kept,
+            summation.zeros,
+            summation.add,
+            kept,
         )
-
-    def total_bars(self, node):
-        bars = self.bars.pop(node)
-        if node.operation.synchronized:
-            bars = sum_over_replicas(bars)
-        return bars
+        return _Pass(sums[0].gradients if sums else None, others, kept, result)
 
 
-class _Inputs:
-    """What a stage is differentiated by, besides its variables.
+class _Sources:
+    """What a stage is differentiated with respect to, besides variables: reads and statistics.
 
     Attributes:
         pending: List of `Kept`: the cotangents that later stages have left for what is read.
@@ -334,125 +312,62 @@ class _Inputs:
         self._started = [key for key in self._keys if key in state.cotangents]
         self.pending = [state.cotangents[key] for key in self._started]
 
-    def _sources(self, reads):
+    def _tensors(self, reads):
         by_key = dict(zip(self._stage.reads, reads, strict=True))
-        moments = [self._state.moments[node] for node in self._stage.applies]
-        return [by_key[key] for key in self._keys], moments
+        statistics = [self._state.statistics[node] for node in self._stage.applies]
+        return [by_key[key] for key in self._keys], statistics
 
     def watch(self, tape, reads):
-        tape.watch(self._sources(reads))
+        """Has a tape record them; `reads` is the list of the tensors that the stage reads."""
+        tape.watch(self._tensors(reads))
 
     def gradients(self, tape, targets, seeds, variables, reads, pending):
-        """Gradients by the variables, by the moments, and by what is read."""
-        tensors, moments = self._sources(reads)
+        """Gradients of a micro-batch.
+
+        Args:
+            tape: Persistent tape that recorded the stage.
+            targets: List of tensors.
+            seeds: List of their output gradients.
+            variables: List of variables.
+            reads: As for `watch`.
+            pending: List of this micro-batch's tensors of `self.pending`.
+
+        Returns:
+            Gradients of the variables, float64 derivatives nested like the statistics of each
+            barrier, and cotangents of what is read, those pending included.
+        """
+        tensors, statistics = self._tensors(reads)
         seeds = [tf.cast(seed, t.dtype) for seed, t in zip(seeds, targets, strict=True)]
-        gradients, bars, cotangents = tape.gradient(
-            targets, (list(variables), moments, tensors), output_gradients=seeds
+        gradients, by_statistics, cotangents = tape.gradient(
+            targets, (list(variables), statistics, tensors), output_gradients=seeds
         )
-        bars = tf.nest.map_structure(_or_zeros, bars, moments)
-        bars = tf.nest.map_structure(lambda bar: tf.cast(bar, tf.float64), bars)
+        by_statistics = tf.nest.map_structure(_or_zeros, by_statistics, statistics)
+        by_statistics = tf.nest.map_structure(lambda t: tf.cast(t, tf.float64), by_statistics)
         cotangents = [_or_zeros(*pair) for pair in zip(cotangents, tensors, strict=True)]
         earlier = dict(zip(self._started, pending, strict=True))
         cotangents = [
             c + earlier[key] if key in earlier else c
             for key, c in zip(self._keys, cotangents, strict=True)
         ]
-        return gradients, bars, cotangents
+        return gradients, by_statistics, cotangents
 
-    def store(self, bars, cotangents):
-        self._state.cotangents.update(zip(self._keys, cotangents, strict=True))
-        for node, new in zip(self._stage.applies, bars, strict=True):
-            old = self._state.bars.get(node)
-            self._state.bars[node] = new if old is None else tf.nest.map_structure(tf.add, old, new)
-
-
-class _Training(keras.layers.Layer):
-    """A layer to call others in, which take `training` from the outermost call."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.built = True
-
-    def call(self, inputs, function, training=None):
-        return function()
+    def store(self, by_statistics, cotangents):
+        """Hands the sums and the `Kept` of `gradients` on to the stages before."""
+        state = self._state
+        state.cotangents.update(zip(self._keys, cotangents, strict=True))
+        for node, new in zip(self._stage.applies, by_statistics, strict=True):
+            old = state.by_statistics.get(node)
+            state.by_statistics[node] = (
+                new if old is None else tf.nest.map_structure(tf.add, old, new)
+            )
 
 
-def _operations():
-    """The operations traced so far; none where they run at once."""
-    return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()
+def _gathering(stage):
+    return [node for node in stage.contributes if node.barrier.gathers]
 
 
-def _call(node, inputs):
-    args, kwargs = node.fill_in(dict(zip(node.slots, inputs, strict=True)))
-    layer = node.operation
-    if isinstance(layer, keras.Layer) and _keras.call_has_training_argument(layer):
-        kwargs = {**kwargs, "training": True}  # as Keras overrides it
-    return keras.tree.flatten(layer(*args, **kwargs))
-
-
-def _as_normalized(layer, inputs):
-    """A batch norm's input in the dtype that Keras's layer normalises it in."""
-    inputs = tf.cast(inputs, layer.compute_dtype)
-    return tf.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
-
-
-def _normalized(layer, inputs, mean, variance):
-    """A batch norm's output with the given statistics."""
-    inputs = _as_normalized(layer, inputs)
-    outputs = keras.ops.batch_normalization(
-        inputs,
-        mean,
-        variance,
-        axis=layer.axis,
-        offset=tf.cast(layer.beta, inputs.dtype) if layer.center else None,
-        scale=tf.cast(layer.gamma, inputs.dtype) if layer.scale else None,
-        epsilon=layer.epsilon,
-    )
-    return tf.cast(outputs, layer.compute_dtype)
-
-
-def _other_axes(layer, inputs):
-    axis = layer.axis % inputs.shape.rank
-    return [i for i in range(inputs.shape.rank) if i != axis]
-
-
-def _sums_of_moments(node, inputs):
-    """A micro-batch's part in the sums of `pooled_moments`, shifted by the moving mean."""
-    layer = node.operation
-    inputs = _as_normalized(layer, inputs)
-    mean, variance = tf.nn.moments(inputs, _other_axes(layer, inputs))
-    mean, variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
-    count = tf.cast(tf.size(inputs), tf.float64) / inputs.shape[layer.axis]
-    offset = mean - _shift(layer)
-    sums = (count * offset, count * (variance + offset**2))
-    empty = tf.equal(count, 0)
-    return count, *(tf.where(empty, tf.zeros_like(s), s) for s in sums)
-
-
-def _shift(layer):
-    return tf.cast(_keras.replica_local(layer.moving_mean.value), tf.float64)
-
-
-def _moments(layer, sums):
-    """((mean, variance), count) of an effective batch, in the dtype that it is normalised in."""
-    if layer.synchronized:
-        sums = sum_over_replicas(sums)
-    count, first, second = sums
-    dtype = keras.backend.result_type(layer.compute_dtype, "float32")
-    moments = pooled_moments(count, first, second, _shift(layer))
-    return tuple(tf.cast(moment, dtype) for moment in moments), count
-
-
-def _cotangent_through_moments(node, inputs, moments, bars, count):
-    """The derivative by a batch norm's input that goes through mean and variance."""
-    layer = node.operation
-    values = _as_normalized(layer, inputs)
-    shape = [1] * values.shape.rank
-    shape[layer.axis] = -1
-    by_mean, by_variance = (tf.reshape(bar / count, shape) for bar in bars)
-    offset = values - tf.reshape(moments[0], shape)
-    by_mean, by_variance = (tf.cast(bar, values.dtype) for bar in (by_mean, by_variance))
-    return tf.cast(by_mean + 2.0 * by_variance * offset, inputs.dtype)
+def _part_for(stage):
+    return "inputs" if stage.inputs else "none"
 
 
 def _or_zeros(gradient, like):

@@ -1,14 +1,22 @@
-"""What any Keras model tells the accumulating optimizer that it was compiled with.
+"""Four methods of `keras.Model`, for models that were compiled with an accumulating optimizer.
 
-A plain model knows nothing of cycles. It lets an optimizer go that holds gradients, it leaves a
-cycle open where its training breaks off, and it makes its training step only once.
+Why: a plain model knows nothing of cycles. It drops an optimizer that holds gradients, it leaves a
+cycle open when its training breaks off, and it makes its training step only once. Keras calls
+nothing of an optimizer at these moments: when another one replaces it, when a `fit` breaks off,
+when weights are set, when a training step is made.
+
+Where it takes effect: in `compile`, `fit`, `set_weights` and `make_train_function` of every model,
+but only if its optimizer accumulates. Other models run Keras's methods and nothing else.
+
+When it can go: each method when Keras calls the optimizer at that moment.
 """
 
-import functools
 import warnings
 
 import keras
 import tensorflow as tf
+
+from gradient_accumulator_tf._keras.patches.replaced import replace_function
 
 
 def held_by(optimizer):
@@ -26,32 +34,14 @@ def held_by(optimizer):
 
 
 def hook_into_models(model_class, optimizer_of):
-    """Wraps four methods of `keras.Model` for models that have an accumulating optimizer.
-
-    Nothing changes for others. Keras (3.8 to 3.15) calls nothing of an optimizer when it is
-    replaced, when a `fit` breaks off, when weights are set, or when a training step is made.
+    """Wraps the four methods. A second call takes the place of the first.
 
     Args:
         model_class: `keras.Model`.
         optimizer_of: Function that returns a model's accumulating optimizer, or None.
     """
 
-    def hooked(method):
-        name = method.__name__
-        owner = next(c for c in model_class.__mro__ if name in vars(c))
-        if issubclass(owner, keras.Layer):
-            owner = model_class  # layers that are no models have no optimizer
-        original = getattr(owner, name)
-
-        @functools.wraps(original)  # Keras and others read the signature
-        def call(self, *args, **kwargs):
-            return method(self, original, *args, **kwargs)
-
-        # Where it is defined: Keras tells by that whether a model has one of its own.
-        setattr(owner, name, call)
-
-    @hooked
-    def compile(self, original, *args, **kwargs):
+    def compile(original, self, *args, **kwargs):
         before = optimizer_of(self)
         original(self, *args, **kwargs)
         held = held_by(before)
@@ -63,8 +53,7 @@ def hook_into_models(model_class, optimizer_of):
                 stacklevel=3,
             )
 
-    @hooked
-    def fit(self, original, *args, **kwargs):
+    def fit(original, self, *args, **kwargs):
         try:
             return original(self, *args, **kwargs)
         except BaseException:
@@ -78,8 +67,7 @@ def hook_into_models(model_class, optimizer_of):
                 )
             raise
 
-    @hooked
-    def set_weights(self, original, *args, **kwargs):
+    def set_weights(original, self, *args, **kwargs):
         original(self, *args, **kwargs)
         held = held_by(optimizer_of(self))
         if held:
@@ -91,8 +79,7 @@ def hook_into_models(model_class, optimizer_of):
                 stacklevel=3,
             )
 
-    @hooked
-    def make_train_function(self, original, *args, **kwargs):
+    def make_train_function(original, self, *args, **kwargs):
         before = self.train_function
         made = original(self, *args, **kwargs)
         optimizer = optimizer_of(self)
@@ -100,3 +87,16 @@ def hook_into_models(model_class, optimizer_of):
             if not optimizer.accumulates:
                 self.train_function = optimizer.traces.of_model(self, self.train_function)
         return made
+
+    for function in (compile, fit, set_weights, make_train_function):
+        replace_function(_owner_of(model_class, function.__name__), function.__name__, function)
+
+
+def _owner_of(model_class, name):
+    """The class to replace a method in: where it is defined, or `model_class`.
+
+    Keras tells by the defining class whether a model has a method of its own. A method of
+    `keras.Layer` is replaced in `model_class`, because layers have no optimizer.
+    """
+    owner = next(c for c in model_class.__mro__ if name in vars(c))
+    return model_class if issubclass(owner, keras.Layer) else owner

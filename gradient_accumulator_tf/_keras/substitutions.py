@@ -1,0 +1,63 @@
+"""One value in place of an attribute, for as long as any block needs it."""
+
+import contextlib
+import threading
+
+_MISSING = object()
+
+
+class _Entry:
+    """An attribute that is replaced: its object, what the object had, and the blocks inside."""
+
+    def __init__(self, owner):
+        # Holding the object keeps its `id` from being given to another one.
+        self.owner, self.blocks, self.original = owner, 0, _MISSING
+
+
+class Substitutions:
+    """Counts the blocks that replace an attribute, for each object and attribute.
+
+    Each replica's thread enters the same block, and the first to leave must not undo it for the
+    others. So the first block to enter replaces the attribute, and the last to leave restores it.
+    All blocks around one attribute must want the same value, since only the first one's counts.
+
+    Values are set in the object's `__dict__`: Keras's `__setattr__` would track them as state.
+    """
+
+    def __init__(self):
+        self._entries, self._lock = {}, threading.Lock()
+
+    @contextlib.contextmanager
+    def replaced(self, owner, name, make):
+        """Within this context an object has another value as an attribute of its own.
+
+        Args:
+            owner: The object.
+            name: The attribute. It may be one of its class.
+            make: Function that takes the current value and returns the one to replace it.
+        """
+        key = id(owner), name
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                entry = _Entry(owner)
+                value = make(getattr(owner, name))
+                entry.original = vars(owner).get(name, _MISSING)
+                vars(owner)[name] = value
+                self._entries[key] = entry
+            entry.blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                entry.blocks -= 1
+                if not entry.blocks:
+                    del self._entries[key]
+                    if entry.original is _MISSING:
+                        del vars(owner)[name]
+                    else:
+                        vars(owner)[name] = entry.original
+
+
+# One table for all: blocks around the same attribute must meet.
+SUBSTITUTIONS = Substitutions()

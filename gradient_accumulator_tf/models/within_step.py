@@ -1,0 +1,244 @@
+"""The mode `micro_batch_size`: a batch of `fit` is the effective batch, and each step cuts it."""
+
+import keras
+import tensorflow as tf
+
+from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._checks import check_positive_int
+from gradient_accumulator_tf.cycle.batches import Batch
+from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
+from gradient_accumulator_tf.cycle.non_finite import policy_of
+from gradient_accumulator_tf.cycle.rules import Summation, Sums, over_replicas, rules_of
+from gradient_accumulator_tf.models.micro_step import (
+    Effective,
+    batch_norms_of,
+    find_loss,
+    gradient_scale,
+    log_loss,
+    run_micro_step,
+    update_metrics,
+)
+from gradient_accumulator_tf.models.one_piece import LargestBatch, OwnFit, WarnOfOnePiece
+from gradient_accumulator_tf.optimizers.update_order import one_by_one
+from gradient_accumulator_tf.optimizers.wrapper import parts_of
+from gradient_accumulator_tf.replicated.replicas import on_average_replica, sum_over_replicas
+from gradient_accumulator_tf.stages.batch_norm import BATCH_NORM
+from gradient_accumulator_tf.stages.engine import StagedGradients
+
+
+class WithinStep:
+    """How a `GradientAccumulateModel` trains with `micro_batch_size`.
+
+    Args:
+        micro_batch_size: As of the model.
+
+    Attributes:
+        micro_batch_size: Examples per micro-batch on a replica.
+    """
+
+    def __init__(self, micro_batch_size):
+        self.set_micro_batch_size(micro_batch_size)
+        self._largest_batch = LargestBatch()
+        self._own_fit = None
+        self._staged = None
+        self._drops = None
+
+    def check_arguments(self, batch_norm, has_own_step):
+        """Raises ValueError if another argument of the model does not go with this mode."""
+        if has_own_step:
+            raise ValueError(
+                "`micro_batch_size` splits the batch inside `train_step`, which must not be "
+                f"overridden. Received: {has_own_step} with a `train_step` of its own. "
+                "Pass accum_steps (each call is then a micro-step), or override "
+                "`compute_loss` instead."
+            )
+
+    def accum_steps(self, model):
+        """None: each batch is an update."""
+        return None
+
+    def set_accum_steps(self, model, value):
+        """Raises ValueError."""
+        raise ValueError(
+            "`accum_steps` has no meaning with `micro_batch_size`, where each batch of fit is "
+            f"an update. Received: accum_steps={value!r}. Give fit another batch_size instead."
+        )
+
+    def set_micro_batch_size(self, value):
+        """Sets the examples per micro-batch, for training steps that are traced from now on."""
+        instead = "Pass as many examples as fit into memory at once, such as micro_batch_size=8."
+        self.micro_batch_size = check_positive_int(
+            "micro_batch_size", value, "examples per micro-batch", instead, largest=2**31 - 1
+        )
+
+    def new_drops(self, policy):
+        """What counts the dropped micro-batches and cycles; an attribute of the model as well."""
+        self._drops = policy.new_counts()
+        return self._drops
+
+    def watch(self, model):
+        """Warns later if a wrapped model's own `fit` trains past the model."""
+        if "fit" in vars(model):
+            self._own_fit = OwnFit(model, self.micro_batch_size)
+            vars(model)["fit"] = self._own_fit.watched()
+
+    def counts(self, model):
+        """What has the counts of dropped micro-batches and cycles."""
+        return self._drops
+
+    def check_layers(self, model):
+        """Refuses layers that synchronise replicas in the loop over micro-batches."""
+        replicas = model.distribute_strategy.num_replicas_in_sync
+        if model.batch_norm == "exact" or replicas == 1:
+            return
+        for layer in _keras.all_layers(model):
+            if getattr(layer, "synchronized", False):
+                raise ValueError(
+                    "With `micro_batch_size` on several replicas no layer may synchronise them, "
+                    "which TensorFlow cannot do in the loop over micro-batches. Received: "
+                    f"{type(layer).__name__}(synchronized=True) {layer.name!r} on "
+                    f"{replicas} replicas. Pass accum_steps instead (fit's batch is then a "
+                    'micro-batch), or batch_norm="exact", or make it synchronized=False.'
+                )
+
+    def plan_anew(self, model):
+        """Forgets how the model was cut, since what is trainable may have changed."""
+        self._staged = None
+        if model.built:
+            self._plan(model)
+
+    def _plan(self, model):
+        """Cuts a model for `batch_norm="exact"`, unless no batch norm needs it."""
+        if model.batch_norm != "exact" or self._staged is not None:
+            return
+        inner = model if model.model is None else model.model
+        if BATCH_NORM.is_in(inner):
+            self._staged = StagedGradients(inner, BATCH_NORM)
+
+    def optimizer_for(self, model, optimizer):
+        """The optimizer to compile with: the user's, which must not accumulate."""
+        inner = optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            inner = optimizer.inner_optimizer
+        self._check_does_not_accumulate(inner)
+        return optimizer
+
+    def callbacks(self, batch_size):
+        """List of the callbacks that `fit` needs."""
+        return [WarnOfOnePiece(batch_size, self._largest_batch)]
+
+    def note_training(self, model, has_own_step):
+        """Notes that a training goes through the model; a wrapped model's own `fit` may not."""
+        if self._own_fit is not None:
+            self._own_fit.note_training()
+
+    def train_step(self, model, data, build, plain_step):
+        """All micro-batches of an effective batch, and an update; as `AcrossSteps.train_step`."""
+        self.note_training(model, has_own_step="")
+        batch = Batch.of(data, model.shared_inputs)
+        build(data)
+        self.check_layers(model)
+        self._plan(model)
+        self._check_does_not_accumulate(model.optimizer)
+        self._largest_batch.see(batch.examples)
+        return self._train(model, batch)
+
+    def _train(self, model, batch):
+        policy, variables = policy_of(model.non_finite), model.trainable_weights
+        total = None  # what will be left of the effective batch, if some of it may be dropped
+        if not policy.screens:
+            total = on_average_replica(sum_over_replicas(tf.cast(batch.examples, tf.float64)))
+        effective = Effective(total, batch.times_weighed(self.micro_batch_size))
+        run = self._run_micro_steps if self._staged is None else self._run_stages
+        (sums, others), logs = run(model, batch, effective, policy)
+        gradients, (losses, counts) = over_replicas(rules_of(variables), sums, others)
+        if sums:
+            self._update(model, gradients, counts)
+        if policy.screens:
+            left = on_average_replica(losses.weight)
+            return log_loss(model, logs, (losses.total, left), [(v, left) for v in losses.values])
+        # Keras weights these by the batch size where it is static, so as the large batch does.
+        examples = batch.examples
+        weight = examples if isinstance(examples, int) else None
+        values = [(value, weight) for value in losses.values]
+        return log_loss(model, logs, (losses.total, examples), values)
+
+    def _run_micro_steps(self, model, batch, effective, policy):
+        """The sums over all micro-batches on this replica, and the logs of the last."""
+
+        def step(micro_batch):
+            step = run_micro_step(model, micro_batch, effective)
+            losses = policy.screen_losses(step.loss.total, step.loss.sums())
+            contributions, dropped = policy.screen(step.contributions)
+            counts = None if dropped is None else (dropped, tf.ones_like(dropped))
+            summands = [c.as_summand() for c in contributions]
+            return (summands, (losses, counts)), [], step.logs
+
+        summation = Summation(model.trainable_weights)
+        found, _, logs = sum_over_micro_batches(
+            step, batch, self.micro_batch_size, summation.zeros, summation.add
+        )
+        for layer in batch_norms_of(model):
+            layer.end_cycle()
+        return found, logs
+
+    def _run_stages(self, model, batch, effective, policy):
+        """As `_run_micro_steps`, with the effective batch's batch norm."""
+
+        def totals_of(predict, micro_batch):
+            return find_loss(model, micro_batch, predict, effective)[0].denominators()
+
+        def differentiate(predict, micro_batch, totals):
+            loss, y_pred = find_loss(model, micro_batch, predict, effective)
+            targets, seeds = loss.targets_and_seeds(gradient_scale(model, loss), totals)
+            logs = update_metrics(model, micro_batch, y_pred)
+            return loss.tape, targets, seeds, loss.sums(), logs
+
+        variables = model.trainable_weights
+        gradients, losses, logs = self._staged.gradients(
+            batch,
+            self.micro_batch_size,
+            variables,
+            totals_of,
+            differentiate,
+            finite_only=policy.finite_only,
+        )
+        sums = [Sums(gradients, None)] if variables else []
+        return (sums, (losses, None)), logs
+
+    def _update(self, model, gradients, counts):
+        """Updates with the effective batch's gradients, or drops them.
+
+        Args:
+            model: The model.
+            gradients: List with a tensor or None for each variable, the same on all replicas.
+            counts: Tuple of float64 scalars, the micro-batches that were dropped and all. None if
+                none can be.
+        """
+        optimizer = model.optimizer
+
+        def apply(gradients):
+            # Keras also runs a step's graph in the call that finds no more data. The dependency on
+            # the gradients keeps that call from counting.
+            with (
+                tf.control_dependencies([g for g in gradients if g is not None]),
+                _keras.replicas_agree(optimizer),
+                one_by_one(optimizer),
+            ):
+                optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
+
+        dropped, micro_batches = counts or (tf.zeros((), tf.float64), tf.ones((), tf.float64))
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        self._drops.update(gradients, dropped, micro_batches, apply, optimizer if scaled else None)
+
+    def _check_does_not_accumulate(self, optimizer):
+        """A `MultiOptimizer` may know its parts only once it is built."""
+        for part in parts_of(optimizer):
+            for name in ("gradient_accumulation_steps", "accum_steps"):
+                steps = getattr(part, name, None)
+                if steps:
+                    raise ValueError(
+                        "The model accumulates, so its optimizer must not do it as well. Received: "
+                        f"{type(part).__name__}({name}={steps}) for a model with micro_batch_size="
+                        f"{self.micro_batch_size}. Leave that out."
+                    )
