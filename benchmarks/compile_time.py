@@ -29,9 +29,8 @@ KINDS = (
 CASES = ("dense-1M-Adam", "convolutional-Adam", "transformer-Adam")
 TINY = _rivals.dense_case(_rivals.ADAM, 0, 4, 4)
 WITHIN = 1.3  # times plain fit
-GROWTH = (
-    1.1  # from the fewest micro-batches to the most; an unrolled loop would grow with their number
-)
+# From the fewest micro-batches to the most. An unrolled loop would grow with their number.
+GROWTH = 1.1
 
 
 # The measurement, in a process of its own.
