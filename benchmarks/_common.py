@@ -113,7 +113,7 @@ def largest_difference(arrays, others):
 
 
 def machine():
-    """What is measured on, in a few words."""
+    """The versions and devices of this machine, in a few words."""
     gpus = tf.config.list_physical_devices("GPU")
     names = Counter(
         tf.config.experimental.get_device_details(gpu).get("device_name", "unknown") for gpu in gpus

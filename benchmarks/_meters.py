@@ -7,12 +7,18 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-# The C library then asks the system for each large block, and gives it back when it is freed.
+# With these the C library asks the system for each large block, and gives it back once freed.
 GIVES_BACK = {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 class Meter(NamedTuple):
-    """Bytes held now, at the most since `restart`, and a function that makes now the most."""
+    """A meter of memory.
+
+    Attributes:
+        now: Function that returns the bytes that are held now.
+        peak: Function that returns the most bytes held since `restart`.
+        restart: Function that forgets the peak so far.
+    """
 
     now: Callable
     peak: Callable
@@ -20,7 +26,7 @@ class Meter(NamedTuple):
 
 
 def device_meter(device):
-    """Of the tensors on a device."""
+    """The `Meter` of the tensors on a device."""
     memory = tf.config.experimental
     return Meter(
         lambda: memory.get_memory_info(device)["current"],
@@ -30,7 +36,7 @@ def device_meter(device):
 
 
 def process_meter():
-    """Of all that this process holds."""
+    """The `Meter` of all that this process holds."""
 
     def held(name):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -44,6 +50,7 @@ def process_meter():
 
 
 def find_meter():
+    """The meter of the first GPU, or of this process if there is none."""
     gpus = tf.config.list_logical_devices("GPU")
     return device_meter(gpus[0].name.removeprefix("/device:")) if gpus else process_meter()
 

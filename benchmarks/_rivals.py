@@ -37,8 +37,8 @@ class Case(NamedTuple):
         model: Function that returns the model, with the same weights in every call.
         optimizer: Function of keyword arguments that returns the optimizer.
         inputs: Function of a random generator and a number of examples.
-        steps: Micro-batches in an epoch; enough for fit's own start and end not to matter.
-        reference: The rival whose weights all that accumulate must reach.
+        steps: Micro-batches in an epoch, so many that the start and end of `fit` do not matter.
+        reference: The rival whose weights all rivals that accumulate must reach.
     """
 
     model: Callable
@@ -77,7 +77,7 @@ def convolutional_model(size, *filters):
 
 
 def transformer_model(length, width, blocks):
-    """A transformer on vectors: on tokens the embedding, a case of its own, would rule."""
+    """A transformer on vectors. On tokens its embedding would take most of the time."""
     keras.utils.set_random_seed(0)
     layers = keras.layers
     x = inputs = keras.Input((length, width))
@@ -137,7 +137,8 @@ def embedding_case(optimizer, steps, rows=200_000, columns=128, length=32, **kwa
 
 
 SGD = functools.partial(keras.optimizers.SGD, 0.01)
-# Adam divides a gradient by its own size: with the default epsilon, by its rounding error.
+# Adam divides a gradient by its own size. With the default epsilon a gradient near zero would be
+# divided by its rounding error.
 ADAM = functools.partial(keras.optimizers.Adam, 1e-4, epsilon=1e-4)
 
 CASES = {
@@ -150,7 +151,8 @@ CASES = {
     "transformer-SGD": transformer_case(SGD, 16),
     "transformer-Adam": transformer_case(ADAM, 16),
     "embedding-SGD": embedding_case(SGD, 64),
-    # Keras's Adam on a sparse gradient is not that on the dense one, which all accumulation uses.
+    # Keras's Adam gives another result for a sparse gradient than for the same dense one. All
+    # that accumulate use the dense one.
     "embedding-Adam": embedding_case(ADAM, 16, reference=LOOP),
 }
 

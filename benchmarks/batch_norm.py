@@ -60,7 +60,7 @@ def residual_net(size):
 
 
 def u_net(size):
-    """Down twice and up again, with the features of the way down."""
+    """Two levels down and up again, with shortcuts between the levels."""
     inputs = x = keras.Input((size, size, 3))
 
     def block(x, filters):
@@ -95,7 +95,8 @@ NETS = {
     "ResNet50": functools.partial(application, "ResNet50"),
 }
 
-# Deep nets are chaotic: at more, ten updates make 1e-2 of the order of the examples.
+# Deep nets are chaotic: at higher rates, another order of the examples alone makes a difference of
+# 1e-2 after ten updates.
 LEARNING_RATES = {"MobileNetV2": 1e-4, "ResNet50": 1e-5}
 
 
@@ -175,8 +176,8 @@ def distances(name, optimizer, options):
     """How far weights are from the large batch's after one and after ten updates, in float64.
 
     Returns:
-        Dict by number of updates of the distances of exact, and of the large batch with its
-        examples in another order; and how far the trainable weights moved.
+        Dict by number of updates, each with two distances: of exact batch norm, and of the large
+        batch with its examples in another order. And how far the trainable weights moved.
     """
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")

@@ -1,10 +1,10 @@
-"""What each of three remedies does to the memory and the time of one update, and all together.
+"""Memory and time of one update, with three remedies for too much memory, alone and combined.
 
     python -m benchmarks.checkpointing --json checkpointing.json --plot checkpointing.png
 
-Half precision, gradient checkpointing and accumulation in all combinations: the same residual
-net, the same effective batches, each combination in a process of its own. Memory is what
-TensorFlow's allocator held at the most (on the first GPU, or on the CPU where that has a counter).
+Half precision, gradient checkpointing and accumulation are measured in all combinations, with the
+same residual net and the same effective batches, each combination in a process of its own. Memory
+is the peak of TensorFlow's allocator, on the first GPU or on a CPU that has a counter.
 """
 
 import itertools

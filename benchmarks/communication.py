@@ -1,13 +1,13 @@
-"""What an update sends: bytes between workers for each way to accumulate, over the large batch's.
+"""The bytes that workers send for an update, for each way to accumulate, over the large batch's.
 
     python -m benchmarks.communication
     python -m benchmarks.communication --workers 4 --accum-steps 8 --json bytes.json
 
-Starts worker processes, which train the same model in every way under a
-`tf.distribute.MultiWorkerMirroredStrategy`, and reads from /proc/net/dev, which only Linux has,
-what the loopback interface carried meanwhile. What other programs send there is counted as well.
-Workers compute on GPUs if there are any, each on one of them, and talk over loopback all the same,
-as TensorFlow's ring does; NCCL would leave no trace there.
+Worker processes train the same model in every way under a
+`tf.distribute.MultiWorkerMirroredStrategy`. Meanwhile the bytes on the loopback interface are
+counted, in /proc/net/dev, which only Linux has. Bytes of other programs are counted as well.
+Workers compute on GPUs if there are any, one each. They still send over loopback, by TensorFlow's
+ring: NCCL would send past it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateO
 CLASSES = 10
 FEATURES = 512
 TOLERANCE = 1e-5  # what float32 makes of sums in another order
-TIMEOUT = 1800  # seconds; a worker whose peer is stuck waits for ever
+TIMEOUT = 1800  # seconds; without it a worker would wait forever for one that is stuck
 TARGET = 1.05  # times the large batch's bytes
 INTERFACES = Path("/proc/net/dev")
 
@@ -161,7 +161,7 @@ def measure(options, accum_steps):
     """Bytes per update by way: a list, with one number for each repeat.
 
     Raises:
-        RuntimeError: If a way trains something else than the large batch does.
+        RuntimeError: If the weights of a way are not those of the large batch.
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     rng = np.random.default_rng(0)
@@ -186,7 +186,7 @@ def measure(options, accum_steps):
 
 
 def take_a_gpu(task):
-    """Has a worker see one GPU at the most, which it shares if there are fewer than workers."""
+    """Shows a worker one GPU only. Workers share GPUs if there are fewer of them."""
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         own = gpus[task % len(gpus)]
@@ -195,7 +195,7 @@ def take_a_gpu(task):
 
 
 def work(options):
-    """What a worker does; the first one writes what it measured, as all train in step."""
+    """The program of a worker. The first one writes the measurement, because all train in step."""
     _keras.mend_fit_on_several_workers()  # the large batch's fit needs it too
     cluster = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     take_a_gpu(cluster.task_id)
@@ -247,7 +247,7 @@ def started_workers(command, count):
                     command, env=environment, stdout=outputs[-1], stderr=subprocess.STDOUT
                 )
             )
-            # Called in reverse: kill, which leaves one that has ended alone, and wait.
+            # Called in reverse order: kill, which leaves a process that has ended alone, then wait.
             stack.callback(processes[-1].wait)
             stack.callback(processes[-1].kill)
         yield processes, outputs
@@ -268,7 +268,7 @@ def run_workers(command, count, timeout=TIMEOUT):
 
 
 def report(codes, outputs, timeout):
-    """What each worker came to, and what it printed."""
+    """The exit status of each worker, and what it printed."""
     lines = ["a worker failed" if any(codes) else f"workers were not done in {timeout} s"]
     for index, (code, output) in enumerate(zip(codes, outputs, strict=True)):
         output.seek(0)
@@ -322,7 +322,7 @@ def rule(results, name):
 def plot(results, path):
     """Lines of the bytes over the number of micro-batches."""
     steps = [int(name.split()[-1]) for name in results]
-    # Most lie on each other, so a wide one goes below thinner ones.
+    # Most lines lie on each other, so a wide one is below thinner ones.
     styles = ({"linewidth": 7, "alpha": 0.4}, {"color": "black"}, {}, {"ls": "--"}, {"ls": ":"})
     with _common.picture(path, (7, 4.5)) as (_, panels):
         panel = panels[0][0]
@@ -343,7 +343,7 @@ def parse(argv):
     parser.add_argument("--updates", type=int, default=10, help="updates in an epoch")
     parser.add_argument("--repeats", type=int, default=3, help="measured epochs of each way")
     _common.add_outputs(parser, "the bytes of every epoch", "the table")
-    # What the launcher tells a worker: where to write.
+    # The launcher passes it to a worker: the file to write.
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     sizes = [options.units, options.micro_batch_size, options.updates, options.repeats]

@@ -1,12 +1,12 @@
-"""What a training step takes to start: to trace, to optimise, to compile, over plain fit's.
+"""The time before a first training step: to trace, optimise and compile it, over plain fit's.
 
     python -m benchmarks.compile_time
     python -m benchmarks.compile_time --cases dense-1M-Adam --json start.json --plot start.png
 
-Each measurement has a process of its own, which first traces and compiles a tiny net, as a
-program's first time also loads libraries. All are measured in turn, several times. Tracing ends
-with the concrete function. From it start TensorFlow's optimisation of the graph, which is what the
-first call takes more than the second, and with XLA the compiling.
+Each measurement has a process of its own. It first traces and compiles a tiny net, because the
+first time in a program also loads libraries. All are measured in turn, several times. Tracing ends
+with the concrete function. The optimisation of the graph is the time that the first call takes
+more than the second. XLA compiles from the concrete function too.
 """
 
 import statistics
@@ -29,16 +29,17 @@ KINDS = (
 CASES = ("dense-1M-Adam", "convolutional-Adam", "transformer-Adam")
 TINY = _rivals.dense_case(_rivals.ADAM, 0, 4, 4)
 WITHIN = 1.3  # times plain fit
-GROWTH = 1.1  # from the fewest micro-batches to the most; a loop unrolled would grow with them
+# From the fewest micro-batches to the most. An unrolled loop would grow with their number.
+GROWTH = 1.1
 
 
 # The measurement, in a process of its own.
 
 
 def traced(case, rival, micro_batch_size, accum_steps, jit):
-    """The function of a training step, traced; a batch for it; and the seconds that it took.
+    """The function of a training step, traced; a batch for it; and the seconds of the tracing.
 
-    Keras's own function takes an iterator and is not to be had without a first step.
+    Keras makes its own function only in a first step.
     """
     rng = np.random.default_rng(0)
     x = case.inputs(rng, accum_steps * micro_batch_size)
@@ -124,7 +125,7 @@ def table(measured):
 
 
 def rules(measured):
-    """Whether each of ours starts nearly as soon as plain fit, however many micro-batches."""
+    """Whether each of our rivals starts nearly as soon as plain fit, for all numbers."""
     lines = []
     for rival in OURS:
         columns = measured[rival]

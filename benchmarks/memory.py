@@ -3,10 +3,9 @@
     python -m benchmarks.memory
     python -m benchmarks.memory --tables updates --json memory.json --plot memory.png
 
-Each measurement has a process of its own, which trains an epoch to trace and compile, and is
-measured in the second. On a GPU it is what TensorFlow's allocator held there at the most. Where
-there is none it is what the process held (Linux only), with oneDNN off, whose allocator keeps
-what is freed.
+Each measurement has a process of its own. Its first epoch traces and compiles, its second is
+measured. On a GPU the peak is that of TensorFlow's allocator. Without a GPU it is that of the
+process (Linux only), and oneDNN is off, because its allocator keeps what is freed.
 """
 
 import functools
@@ -26,7 +25,7 @@ LINES = dict(zip(RIVALS, (":", "-", "--", "-.", ":", "-", "--", "-"), strict=Tru
 OPTIMIZERS = {"SGD": _rivals.SGD, "Adam": _rivals.ADAM}
 SMALL = 4  # width of the nets that show what a program itself takes
 
-# The nets: one whose parameters weigh the most, and one whose activations do.
+# The nets: one with most memory in parameters, one with most in activations.
 
 
 def dense_case(width, layers, optimizer):
@@ -65,8 +64,8 @@ def conv_case(width, optimizer):
 def measure(make_case, width, rival, micro_batch_size, accum_steps, jit):
     """Bytes that training takes at its peak, and bytes of a float32 copy of the parameters.
 
-    Without what the program itself takes: that is what a second training of the same net adds,
-    with layers so small that they weigh nothing.
+    The memory of the program itself is not in it. That is measured as what a second training adds
+    with layers so small that they take next to nothing.
     """
     meter = _meters.find_meter()
 
@@ -82,7 +81,7 @@ def measure(make_case, width, rival, micro_batch_size, accum_steps, jit):
         return makers[rival]()
 
     def train(width):
-        # Data that is not trained with must be gone before memory is looked at.
+        # Data that is not needed for training must be freed before memory is read.
         made = rival_of(width)
         made.train_epoch()
         gc.collect()
@@ -112,7 +111,7 @@ def measure_updates(options):
             column = measured[f"{optimizer}, jit {jit}"] = {}
             for rival in RIVALS:
                 if rival == LARGE:
-                    continue  # its activations weigh next to nothing here
+                    continue  # its activations take next to nothing here
                 _common.progress(f"{rival}: {optimizer}, jit {jit}")
                 column[rival], parameters = measure_apart(
                     make_case,
@@ -149,7 +148,7 @@ def measure_batches(options):
 
 
 def copies(measured):
-    """By column and rival, float32 copies of the parameters that the peak is above plain fit's."""
+    """The peak above plain fit's, in float32 copies of the parameters, by column and rival."""
     return {
         column: {rival: (p - peaks[PLAIN]) / measured["parameters"] for rival, p in peaks.items()}
         for column, peaks in measured["peak"].items()

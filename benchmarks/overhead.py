@@ -3,10 +3,10 @@
     python -m benchmarks.overhead
     python -m benchmarks.overhead --cases dense-1M-SGD --jit on --accum-steps 8 --json times.json
 
-Each case has a process of its own, as TensorFlow gives back little of a model's memory. In it all
-rivals train the same model on the same examples, an epoch each in turn, so that a busy moment of
-the machine meets all of them. Plain fit updates after every micro-batch. TensorFlow trains on a GPU
-if there is one; what was measured on is printed.
+Each case has a process of its own, because TensorFlow gives back little of a model's memory. In it
+all rivals train the same model on the same examples, an epoch each in turn, so that a busy moment
+of the machine affects all of them. Plain fit updates after every micro-batch. TensorFlow trains on
+a GPU if there is one. The first line of the output names the device.
 """
 
 import itertools
@@ -28,7 +28,7 @@ RULES = ((OPTIMIZER, PLAIN), (OPTIMIZER, BUILT_IN), (WITHIN_STEP, PLAIN))
 
 
 def measure(case, jit, micro_batch_size, accum_steps, steps, repeats):
-    """Seconds of each timed epoch, by rival; and by rival how far its weights are off."""
+    """Seconds of each timed epoch, and the error of the weights, both by rival."""
     updates = -(-(steps or case.steps) // accum_steps)
     rng = np.random.default_rng(0)
     x = case.inputs(rng, updates * accum_steps * micro_batch_size)
@@ -51,7 +51,7 @@ def warm_up(rivals, reference):
     """Trains all for an epoch, which traces and compiles.
 
     Returns:
-        For each rival that accumulates, the largest difference of a weight to the reference's.
+        The largest difference of a weight from the reference's, by rival that accumulates.
     """
     rivals[reference].train_epoch()
     expected = weights_of(rivals[reference])

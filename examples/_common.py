@@ -116,10 +116,10 @@ def largest_difference(arrays, others):
 
 
 def compare(results, references):
-    """Adds to each way's results the difference of its weights from its reference's.
+    """Adds "weight_difference" to each way's results: the largest one from its reference.
 
-    The largest, as a fraction of the reference's largest movement of a weight. The reference is
-    the last way before it, or itself, that is one of `references`.
+    It is a fraction of the reference's largest movement of a weight. The reference of a way is the
+    way itself if it is one of `references`, else the last one before it.
     """
     for result in results:
         if result["way"] in references:
@@ -129,7 +129,7 @@ def compare(results, references):
 
 
 def shown_difference(difference):
-    """A weight difference in two digits, and one that is none as "0"."""
+    """A weight difference in two digits; "0" if there is none."""
     return f"{difference:.1e}" if difference else "0"
 
 

@@ -1,10 +1,11 @@
-"""A train_step of one's own, whose loss averages over some of the examples: the exact mean.
+"""The exact mean in a custom train_step, whose loss is a mean over some of the examples.
 
     python examples/custom_train_step.py
 
 Most of the handwritten digits here have no label, and the loss is the mean over those that have
-one. How many these are differs from micro-batch to micro-batch, so the mean of their means is not
-the mean. Told what each loss was divided by, `GradientAccumulateOptimizer` takes the right one.
+one. Their number differs from micro-batch to micro-batch, so the mean of the means is not the mean
+over all. `GradientAccumulateOptimizer` takes the mean over all if each call of `apply` passes the
+number that the loss was divided by, as `weight`.
 """
 
 import argparse
@@ -56,7 +57,7 @@ class LabelledModel(keras.Model):
             tf.maximum(y, 0), logits, from_logits=True
         )
         labelled = tf.reduce_sum(has_label)
-        # Without any it is 0 / 1: no loss, and below a weight of 0.
+        # Without any label the loss is 0 / 1, and its weight is 0.
         return tf.reduce_sum(losses * has_label) / tf.maximum(labelled, 1.0), has_label, labelled
 
     def update(self, gradients, labelled):
@@ -82,7 +83,7 @@ class LabelledModel(keras.Model):
 
 
 class WeightedModel(LabelledModel):
-    """The same, for a `GradientAccumulateOptimizer`: this one line is all that it needs."""
+    """The same for a `GradientAccumulateOptimizer`, which needs only this one line."""
 
     def update(self, gradients, labelled):
         self.optimizer.apply(gradients, self.trainable_variables, weight=labelled)
@@ -185,7 +186,7 @@ def percentage(text):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description="Train on partly labelled digits with a train_step of one's own, three ways."
+        description="Train on partly labelled digits with a custom train_step, three ways."
     )
     add_count(parser, "--epochs", 12, "passes over the training images")
     add_count(parser, "--batch-size", 128, "images per update")

@@ -56,8 +56,8 @@ def compile_for(way, batch_size, micro_batch_size):
 def train(way, args):
     """Trains one way and returns its results."""
     (x, y), validation = load_digits(args.examples)
-    # Whole batches only: the optimizer's cycles go on from epoch to epoch, so that a smaller last
-    # batch would shift all later cycles against the large batches.
+    # Whole batches only. The optimizer's cycles do not end with an epoch, so a smaller last batch
+    # would shift all later cycles against the large batches.
     used = len(x) // args.batch_size * args.batch_size
     model, batch_size = compile_for(way, args.batch_size, args.micro_batch_size)
     first_weights = model.get_weights()
@@ -69,7 +69,7 @@ def train(way, args):
         epochs=args.epochs,
         shuffle=False,
         validation_data=validation,
-        # Nothing accumulates in validation: at the large batch's size it would set the peak.
+        # Validation does not accumulate. With the large batch's size it would set the peak.
         validation_batch_size=args.micro_batch_size,
     ).history
     weights = model.get_weights()
@@ -92,7 +92,7 @@ def peak_memory():
         return tf.config.experimental.get_memory_info("GPU:0")["peak"]
     status = Path("/proc/self/status")
     if status.exists():
-        # On Linux a process inherits what getrusage says from the one that started it.
+        # On Linux the peak of getrusage is inherited from the process that started this one.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     try:
@@ -104,7 +104,7 @@ def peak_memory():
 
 
 def in_own_process(function, *args):
-    """`function(*args)`, from a fresh process that ends with it."""
+    """`function(*args)`, computed in a new process that ends with it."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -138,7 +138,7 @@ def draw(results, figure):
     """Loss curves and memory bars, side by side."""
     curves, bars = figure.subplots(1, 2, width_ratios=[3, 2])
     colors = ("#b8c4d0", "#0b6e99", "#d1495b")
-    # The curves lie on each other, so a wide one goes below a dashed one and one of dots.
+    # The curves lie on each other, so a wide one is below a dashed one and one of dots.
     styles = (
         {"linewidth": 9},
         {"linewidth": 2.5, "linestyle": "--"},

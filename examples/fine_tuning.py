@@ -1,12 +1,12 @@
-"""Fine-tuning a net with batch norms in micro-batches: which batch norm, and what it comes to.
+"""Fine-tuning a net with batch norms in micro-batches: what each kind of batch norm gives.
 
     python examples/fine_tuning.py
     python examples/fine_tuning.py --weights imagenet  # downloads them
 
-A MobileNet that knows some handwritten digits learns the others. Batch norm normalises by the
-micro-batch, so accumulating is then not the large batch, unless the batch norms are frozen: they
-normalise by their moving statistics, as is usual in fine-tuning. Pre-training on the first five
-digits stands in for pre-trained weights, which would have to be downloaded.
+A MobileNet that knows five handwritten digits learns the other five. Batch norm normalises by the
+micro-batch, so the accumulated result is not the large batch's. Frozen batch norms normalise by
+their moving statistics, as is usual in fine-tuning, and the result is the large batch's.
+Pre-training on the first five digits replaces pre-trained weights, which need a download.
 """
 
 import argparse
@@ -36,13 +36,13 @@ KNOWN = 5  # digits below it are for pre-training, the others for fine-tuning
 
 
 class Way(NamedTuple):
-    """What is put in place of the batch norms (None: nothing), and whether to accumulate."""
+    """What replaces the batch norms (None: nothing), and whether to accumulate."""
 
     batch_norm: str | None
     accumulates: bool
 
 
-# Each large batch, and after it what is compared with it.
+# A large batch, then the ways that are compared with it.
 WAYS = {
     "large batch": Way(None, False),
     "accumulated, Keras's batch norm": Way(None, True),
@@ -70,7 +70,7 @@ def load_data(known, examples=None):
 
 @contextlib.contextmanager
 def precision(dtype):
-    """Computes in this dtype meanwhile."""
+    """Computes in this dtype within the context."""
     before = keras.config.floatx()
     try:
         keras.config.set_floatx(dtype)
@@ -89,7 +89,7 @@ def build_base(weights=None, seed=1):
     )
     for layer in base.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.9  # with its own 0.99 they would lag behind so short a training
+            layer.momentum = 0.9  # 0.99, the default, is too slow for such a short training
     return base
 
 
@@ -137,7 +137,7 @@ def train(name, base_weights, args):
     """Fine-tunes one way and returns its results."""
     (x, y), validation = load_data(False, args.examples)
     model = prepare(WAYS[name], base_weights, args.micro_batch_size)
-    # Neither moving statistics nor gamma and beta, which are not trained where they are frozen.
+    # Without moving statistics, and without gamma and beta, which frozen layers do not train.
     trained = [v for v in model.trainable_variables if v.name in ("kernel", "bias")]
     first_weights = [v.numpy() for v in trained]
     history = model.fit(
@@ -196,7 +196,7 @@ def parse(argv):
     add_count(parser, "--batch-size", 64, "images per update")
     add_count(parser, "--micro-batch-size", 8, "images per forward and backward pass")
     add_examples(parser)
-    # In float32 rounding, enlarged by the net's kinks, would hide what the ways differ in.
+    # In float32 rounding, enlarged by the net's kinks, would hide the differences.
     parser.add_argument(
         "--dtype",
         choices=("float32", "float64"),

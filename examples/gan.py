@@ -1,13 +1,13 @@
-"""A small GAN with two wrapped optimizers: the large batch's weights, if it takes both at once.
+"""A small GAN with two wrapped optimizers: the large batch's weights, if both update at once.
 
     python examples/gan.py
 
-A generator learns to draw handwritten digits, a discriminator to tell them from real ones, in a
-`train_step` of one's own with a `GradientAccumulateOptimizer` for each. Where the train_step
-computes both gradients and then applies both, all micro-batches of a cycle see the same two nets,
-as the large batch does. The common other one updates the discriminator first and has the new one
-judge the generator. Accumulated that is no longer the large batch: only the last micro-batch of
-a cycle sees the new discriminator.
+A generator learns to draw handwritten digits, and a discriminator to tell them from real ones, in
+a custom `train_step` with a `GradientAccumulateOptimizer` for each. If the train_step computes both
+gradients and then applies both, all micro-batches of a cycle see the same two nets, as the large
+batch does. Many train_steps update the discriminator first, and compute the generator's gradient
+with the new one. The accumulated result is then not the large batch's, because only the last
+micro-batch of a cycle sees the new discriminator.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Way(NamedTuple):
     accumulates: bool
 
 
-# Each large batch, and after it what is compared with it.
+# A large batch, then the way that is compared with it.
 WAYS = {
     "both at once, large batch": Way(True, False),
     "both at once, accumulated": Way(True, True),
@@ -55,8 +55,8 @@ WAYS = {
 class GAN(keras.Model):
     """Two nets, each with an optimizer of its own.
 
-    Batches are pairs of images and of noise. That the noise comes with the data, and is not drawn
-    in the step, gives every way the same.
+    Batches are pairs of images and noise. The noise comes with the data and is not drawn in the
+    step, so that every way gets the same.
     """
 
     def __init__(self, generator, discriminator, at_once):
@@ -104,7 +104,7 @@ class GAN(keras.Model):
         images, noise = data
         gradients = self.discriminator_gradients(images, noise)
         if self.at_once:
-            # By the discriminator that all micro-batches of the cycle see.
+            # With the discriminator that all micro-batches of the cycle see.
             generator_gradients = self.generator_gradients(noise)
             self.update_discriminator(gradients)
         else:
@@ -145,7 +145,8 @@ def build_nets():
 def compile_for(way, batch_size, micro_batch_size):
     """The compiled GAN and the batch size for `fit`: all that the ways differ in."""
     model = GAN(*build_nets(), way.at_once)
-    # Adam divides a gradient by its own size: with the default epsilon, by its rounding error.
+    # Adam divides a gradient by its own size. With the default epsilon a gradient near zero would
+    # be divided by its rounding error.
     optimizers = [keras.optimizers.Adam(1e-3, beta_1=0.5, epsilon=1e-4) for _ in range(2)]
     if way.accumulates:
         accum_steps = batch_size // micro_batch_size
@@ -158,8 +159,8 @@ def compile_for(way, batch_size, micro_batch_size):
 def load_data(args):
     """Images and noise to train on, in whole effective batches.
 
-    Keras ends a partial cycle of the optimizer that a model is compiled with only. With these two
-    one would call `flush` for what is left.
+    `fit` ends a partial cycle only of the optimizer that the model is compiled with. For a rest one
+    would have to call `flush` of both optimizers here.
     """
     (images, _), _ = load_digits(args.examples)
     images = images[: len(images) // args.batch_size * args.batch_size]

@@ -2,9 +2,9 @@
 
     python examples/language_model.py --plot language_model.png
 
-The text is Python's language reference, from the standard library. As is common, paragraphs of
-like length share a micro-batch, so that it needs little padding; some micro-batches then hold few
-tokens and others many. The large batch takes the mean over all tokens, and
+The text is Python's language reference, from the standard library. Paragraphs of similar length
+share a micro-batch, as is common, because that needs little padding. So some micro-batches hold
+few tokens and others many. The large batch takes the mean over all tokens, and
 GradientAccumulateModel does too. Keras's own `gradient_accumulation_steps` takes the mean of the
 micro-batches' means, in which a token of a short paragraph counts for more.
 """
@@ -42,12 +42,12 @@ def load_data(paragraphs, batch_size):
     """Arrays of tokens, one per paragraph, as (list to train on, list to validate on)."""
     texts = [text for topic in topics.values() for text in re.split(r"\n\s*\n", topic)]
     words = [tuple(re.findall(r"\w+|[^\w\s]", text.lower())) for text in texts]
-    # Once each: a paragraph that the reference repeats could be in both lists.
+    # Each paragraph once, because a repeated one could be in both lists.
     words = [line[: LENGTH - 1] for line in dict.fromkeys(words) if line]
     order = np.random.default_rng(0).permutation(len(words))[:paragraphs]
     words = [words[i] for i in order]
-    # Whole effective batches only: Keras carries a partial cycle over into the next epoch, which
-    # would be a difference of another kind.
+    # Whole effective batches only. Keras takes a partial cycle into the next epoch, which would be
+    # another kind of difference.
     used = len(words) * 9 // 10 // batch_size * batch_size
     counts = Counter(word for line in words[:used] for word in line)
     common = [word for word, _ in counts.most_common(VOCABULARY - 3)]
@@ -91,7 +91,7 @@ class Perplexity(keras.metrics.Mean):
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         values = keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
-        # Flat, because Keras would take each line's mean first, over its padding too.
+        # Flat, because Keras would first take the mean of each line, with its padding.
         weights = keras.ops.reshape(y_true != PADDING, (-1,))
         super().update_state(keras.ops.reshape(values, (-1,)), sample_weight=weights)
 
@@ -111,7 +111,7 @@ def build_net():
     x = AddPositions()(layers.Embedding(VOCABULARY, WIDTH, mask_zero=True)(tokens))
     normal = layers.LayerNormalization()(x)
     attention = layers.MultiHeadAttention(num_heads=4, key_dim=WIDTH // 4)
-    # layers.Add, since a bare + would lose the mask.
+    # layers.Add, because + would lose the mask.
     x = layers.Add()([x, attention(normal, normal, use_causal_mask=True)])
     hidden = layers.Dense(4 * WIDTH, "gelu")(layers.LayerNormalization()(x))
     x = layers.Add()([x, layers.Dense(WIDTH)(hidden)])
@@ -129,7 +129,7 @@ def compile_for(way, batch_size, micro_batch_size):
         keras.optimizers.SGD(0.1, momentum=0.9, **options),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[Perplexity()],
-        jit_compile=False,  # XLA would compile anew for each length of a batch
+        jit_compile=False,  # XLA would compile again for each length of a batch
     )
     return model, batch_size if way == "large batch" else micro_batch_size
 
@@ -161,8 +161,8 @@ def train(way, args):
 def compare(results):
     """Adds to each way's results the difference of its weights from the large batch's.
 
-    Of each epoch: the largest, as a fraction of the large batch's largest movement of a weight
-    since the start.
+    It is the largest difference after each epoch, as a fraction of the large batch's largest
+    movement of a weight since the start.
     """
     reference = results[0]["weights"]
     for result in results:
@@ -200,7 +200,7 @@ def draw(results, counts, figure):
         yscale="log",
         ylim=(1e-7, 10),
     )
-    # The first two curves lie on each other, so a wide one goes below a dashed one.
+    # The first two curves lie on each other, so a wide one is below a dashed one.
     styles = (
         {"linewidth": 9},
         {"linewidth": 2.5, "linestyle": "--"},

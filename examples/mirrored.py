@@ -2,8 +2,8 @@
 
     python examples/mirrored.py
 
-Without a GPU it runs on logical CPU devices, which share the machine's cores: that shows the
-arithmetic, not a speed. All ways train on the same effective batches and end with the same
+Without a GPU it runs on logical CPU devices. They share the machine's cores, so this shows the
+arithmetic and not the speed. All ways train on the same effective batches and end with the same
 weights.
 """
 
@@ -51,11 +51,11 @@ def find_devices(count):
 
 
 def strategy_on(devices):
-    """Mirrored on several devices; one device alone needs no mirrors."""
+    """A `MirroredStrategy` for several devices, a `OneDeviceStrategy` for one."""
     if len(devices) == 1:
         return tf.distribute.OneDeviceStrategy(devices[0])
-    # On GPUs TensorFlow chooses how they talk. On CPU devices its choice would let the strategies
-    # that one process makes one after the other share the keys of their messages.
+    # On GPUs TensorFlow chooses the reduction. Its choice for CPU devices would give all strategies
+    # that one process makes the same keys for their messages.
     on_cpu = "CPU" in devices[0]
     reduction = tf.distribute.ReductionToOneDevice() if on_cpu else None
     return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
@@ -64,7 +64,7 @@ def strategy_on(devices):
 def compile_for(way, batch_size, micro_batch_size, replicas):
     """The compiled model and the batch size for `fit`: all that the ways differ in."""
     model, optimizer = build_net(), keras.optimizers.Adam(1e-2)
-    # `fit` hands out its batch evenly, so this is one micro-batch on each replica.
+    # `fit` splits its batch evenly, so this is one micro-batch on each replica.
     micro_batches = micro_batch_size * replicas
     accum_steps = batch_size // micro_batches
     if way == "GradientAccumulateModel(micro_batch_size=)":
@@ -83,10 +83,10 @@ def compile_for(way, batch_size, micro_batch_size, replicas):
 def load_data(args, devices):
     """(x, y) to train on and (x, y) to validate on, in sizes that all ways can use."""
     (x, y), (x_val, y_val) = load_digits(args.examples)
-    # Whole batches only: the optimizer's cycles go on from epoch to epoch.
+    # Whole batches only, because the optimizer's cycles do not end with an epoch.
     used = len(x) // args.batch_size * args.batch_size
-    # No last batch that leaves a replica without an image: on the CPU, TensorFlow's convolutions
-    # fail on nothing.
+    # Every replica must get an image of the last batch: TensorFlow's convolutions on the CPU fail
+    # on a batch without examples.
     validated = len(x_val) // len(devices) * len(devices)
     return (x[:used], y[:used]), (x_val[:validated], y_val[:validated])
 

@@ -7,9 +7,9 @@ runs all workers here, on the loopback network. On a cluster, start one process 
     TF_CONFIG='{"cluster": ..., "task": ...}' python examples/multi_worker.py
     srun python examples/multi_worker.py --cluster slurm
 
-All workers train one net on shares of the same effective batches. Killed and started again with
-the same --checkpoint-dir, they go on after the last whole epoch. At the end the chief trains the
-large batch by itself and prints how far its weights are from theirs.
+All workers train one net on shares of the same effective batches. If they are killed and started
+again with the same --checkpoint-dir, they resume after the last whole epoch. At the end the chief
+trains the large batch by itself, and prints how far its weights are from those of the workers.
 """
 
 import argparse
@@ -44,8 +44,8 @@ from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateO
 def run_local_workers(command, count):
     """Runs `command` as workers of one job, on this machine, and returns the exit status.
 
-    It is 0 once all have ended well. If one fails, the others are killed: without it they can
-    only wait. Worker 0 prints to this process's output, the others nothing but errors.
+    The status is 0 if all have succeeded. If one fails, the others are killed, because they would
+    wait for it. Worker 0 prints to this process's output, the others print errors only.
     """
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(count)]}
     workers = []
@@ -83,7 +83,7 @@ def free_ports(count):
 
 
 def find_cluster(kind, port):
-    """The resolver that tells `MultiWorkerMirroredStrategy` all workers' addresses and its own.
+    """The resolver of all workers' addresses and this worker's own.
 
     Args:
         kind: "tf_config", "slurm" or "kubernetes".
@@ -93,8 +93,10 @@ def find_cluster(kind, port):
     if kind == "tf_config":
         return resolvers.TFConfigClusterResolver()
     resolver = slurm_resolver(port) if kind == "slurm" else kubernetes_resolver(port)
-    cluster = resolver.cluster_spec()  # Slurm's knows its task, and sets its GPUs, from here on
-    # Neither resolver counts the GPUs that the worker sees, and the strategy asks for them.
+    cluster = (
+        resolver.cluster_spec()
+    )  # Slurm's resolver knows its task, and sets its GPUs, after this call
+    # Neither resolver counts the GPUs of the worker, and the strategy asks for their number.
     gpus = len(tf.config.list_physical_devices("GPU"))
     return resolvers.SimpleClusterResolver(
         cluster,
@@ -106,21 +108,21 @@ def find_cluster(kind, port):
 
 
 def slurm_resolver(port):
-    """From the variables that srun sets; a node's tasks listen on `port`, `port + 1`, ..."""
+    """Reads the variables that srun sets. A node's tasks listen on `port`, `port + 1`, ..."""
     make = tf.distribute.cluster_resolver.SlurmClusterResolver
     if shutil.which("nvidia-smi"):
         return make(port_base=port)
-    # It shares out GPUs. Where there are none, it must be told of one for each task all the same.
+    # The resolver assigns GPUs. Without any, it still needs a number: one for each task.
     tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
     return make(port_base=port, gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False)
 
 
 def kubernetes_resolver(port):
-    """From the running pods; needs the package `kubernetes` and the right to list pods.
+    """Asks for the running pods; needs the package `kubernetes` and the right to list pods.
 
     WORKER_SELECTOR is the workers' label selector, WORKERS their number and HOST_IP the address
-    of this pod's node. TensorFlow looks for workers on their nodes' addresses: the pods must use
-    the host network, one on each node.
+    of this pod's node. TensorFlow expects workers at the addresses of their nodes, so the pods must
+    use the host network, one on each node.
     """
     from kubernetes import client, config
 
@@ -128,7 +130,7 @@ def kubernetes_resolver(port):
     resolver = tf.distribute.cluster_resolver.KubernetesClusterResolver(
         {"worker": [os.environ["WORKER_SELECTOR"]]},
         tf_server_port=port,
-        override_client=client.CoreV1Api(),  # the default one is not for use in a pod
+        override_client=client.CoreV1Api(),  # the default client does not work in a pod
     )
     while True:
         try:
@@ -144,10 +146,10 @@ def kubernetes_resolver(port):
 
 
 class SaveEveryEpoch(keras.callbacks.Callback):
-    """Saves all that training needs to go on, after every epoch, and loads it at its start.
+    """Saves the state of the training after every epoch, and loads it at the start.
 
-    Every worker takes part: what is summed over replicas can only be read together. All read the
-    same files, so the folder must be shared; only the chief writes there.
+    Every worker takes part, because a sum over replicas can only be read by all together. All read
+    the same files, so the folder must be shared. Only the chief writes there.
     """
 
     def __init__(self, model, folder, is_chief, scratch):
@@ -173,7 +175,7 @@ def compile_for(wrapper, batch_size, micro_batch_size, replicas):
     if wrapper == "model":
         model = GradientAccumulateModel(model=model, micro_batch_size=micro_batch_size)
     elif wrapper == "optimizer":
-        # `fit` hands out its batch evenly, so this is one micro-batch on each replica.
+        # `fit` splits its batch evenly, so this is one micro-batch on each replica.
         micro_batches = micro_batch_size * replicas
         optimizer = GradientAccumulateOptimizer(optimizer, batch_size // micro_batches)
         batch_size = micro_batches
@@ -195,8 +197,8 @@ def accuracy_of(model, x, y):
 
 
 def work(args, parser):
-    """What each worker does."""
-    # First of all: TensorFlow must not have started before it knows the other workers.
+    """The program of each worker."""
+    # First of all, because TensorFlow must not have started before it knows the other workers.
     strategy = tf.distribute.MultiWorkerMirroredStrategy(find_cluster(args.cluster, args.port))
     replicas = strategy.num_replicas_in_sync
     if args.batch_size % (args.micro_batch_size * replicas):
@@ -208,7 +210,7 @@ def work(args, parser):
     workers = resolver.cluster_spec().num_tasks("worker")
     is_chief = resolver.task_id == 0
     (x, y), (x_val, y_val) = load_digits(args.examples)
-    # Whole batches only: the optimizer's cycles go on from epoch to epoch.
+    # Whole batches only, because the optimizer's cycles do not end with an epoch.
     used = len(x) // args.batch_size * args.batch_size
     x, y = x[:used], y[:used]
     with strategy.scope():
@@ -237,7 +239,7 @@ def work(args, parser):
             model.save(Path(args.checkpoint_dir if is_chief else scratch, "model.keras"))
     if not is_chief:
         return
-    # Alone from here on: outside the strategy nothing waits for the other workers.
+    # Outside the strategy nothing waits for the other workers.
     weights = model.get_weights()
     print("\nThe large batch, on one device", flush=True)
     large, moved = train_large_batch(x, y, args)
@@ -291,12 +293,12 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Is one worker of a job, or runs a job of local workers; returns the exit status."""
+    """Runs one worker of a job, or a whole job of local workers; returns the exit status."""
     args, parser = parse(argv)
     if args.cluster:
         work(args, parser)
         return 0
-    # Terminated, it is to stop its workers too.
+    # So that its workers are stopped too if it is terminated.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     arguments = sys.argv[1:] if argv is None else argv
     command = [sys.executable, __file__, *arguments]

@@ -2,11 +2,11 @@
 
     python examples/resume.py
 
-trains a net on handwritten digits with either wrapper, undisturbed and killed (SIGKILL, as by a
-scheduler or for want of memory) at random moments. Each time it is started again and goes on at
-its last saved point. Two ways to save: `fit` with `AtomicBackupAndRestore`, at the ends of
-epochs, and a loop of one's own with a `tf.train.Checkpoint`, every few batches. Both save in the
-middle of a cycle, too.
+A net is trained on handwritten digits with either wrapper, once undisturbed and once killed at
+random moments (by SIGKILL, as a scheduler does, or a system without memory). Each time it is
+started again and resumes at its last saved point. There are two ways to save: `fit` with
+`AtomicBackupAndRestore` at the ends of epochs, and a custom loop with a `tf.train.Checkpoint` every
+few batches. Both also save in mid-cycle.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SAVED_WITH = ("AtomicBackupAndRestore", "tf.train.Checkpoint")
 
 
 class Progress(keras.callbacks.Callback):
-    """Tells the parent of each batch and waits for its word, or for the end."""
+    """Reports each batch to the parent process, and waits for its answer or for the kill."""
 
     def __init__(self, connection):
         super().__init__()
@@ -64,16 +64,16 @@ class Progress(keras.callbacks.Callback):
 
 
 def fit_with_backups(model, dataset, epochs, folder, progress):
-    """Goes on with, or begins, a `fit` that saves at the ends of epochs."""
+    """Begins or resumes a `fit` that saves at the ends of epochs."""
     callbacks = [] if folder is None else [AtomicBackupAndRestore(folder)]
     model.fit(dataset, epochs=epochs, verbose=0, shuffle=False, callbacks=[*callbacks, progress])
 
 
 def loop_with_checkpoints(model, dataset, epochs, folder, save_every, progress):
-    """Goes on with, or begins, a loop that saves after every `save_every`-th batch.
+    """Begins or resumes a loop that saves after every `save_every`-th batch.
 
-    What CheckpointManager writes is there as a whole or not at all, so that a kill in the middle
-    of it does no harm either.
+    A CheckpointManager's file is there as a whole or not at all, so a kill while it is written does
+    no harm.
     """
     model.optimizer.build(model.trainable_variables)
     done = tf.Variable(0, dtype="int64")
@@ -81,7 +81,7 @@ def loop_with_checkpoints(model, dataset, epochs, folder, save_every, progress):
         model=model,
         optimizer=model.optimizer,
         done=done,
-        # The state of random layers, which Keras saves nowhere.
+        # The state of random layers, which Keras does not save.
         random=[v.value for v in model.non_trainable_variables],
     )
     manager = tf.train.CheckpointManager(state, folder, max_to_keep=2) if folder else None
@@ -135,7 +135,7 @@ def training_data(args):
 def train(way, saved_with, folder, args, connection):
     """One life of a training: from what is saved in `folder` to its end, or until it is killed.
 
-    It sends what it goes on from, each batch, and at the end its weights.
+    It sends to the parent where it resumes, then each batch, and at the end its weights.
 
     Args:
         way: One of `WAYS`.
@@ -160,12 +160,12 @@ def live(*what, kill_after=None, delay=0.0):
 
     Args:
         *what: The first four arguments of `train`.
-        kill_after: Kills it once it has done so many batches; None lets it end.
+        kill_after: Number of batches after which it is killed; None lets it end.
         delay: Seconds between that batch and the kill.
 
     Returns:
-        Dict with the "first_weights", before anything was restored; "resumed", the updates and the
-        micro-step that it went on from; and "weights", None if it was killed.
+        Dict with "first_weights", before anything was restored; "resumed", the updates and the
+        micro-step at which it resumed; and "weights", None if it was killed.
     """
     context = process_context()
     connection, childs_end = context.Pipe()
@@ -194,7 +194,7 @@ def live(*what, kill_after=None, delay=0.0):
 
 
 def process_context():
-    """Processes that come with TensorFlow imported, but not started, where that is possible."""
+    """A context for processes. Where possible they start with TensorFlow imported already."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
@@ -203,10 +203,10 @@ def process_context():
 
 
 def killed_training(way, saved_with, args, generator):
-    """One training in `args.kills + 1` lives: a list with what `live` returns of each."""
+    """A training that is killed `args.kills` times: list of what `live` returned for each life."""
     epoch = -(-len(training_data(args)[0]) // fit_batch_size(way, args))
-    # A life gets one batch further than the one after which it is to be killed, at the most. So
-    # no training comes to its end before it is killed for the last time.
+    # A life does at most one batch more than `kill_after`. So no training ends before its last
+    # kill.
     longest = max(1, args.epochs * epoch // args.kills - 1)
     lives = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """The picture of the package's folders in docs/design.md is of the package as it is."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -83,3 +84,12 @@ def test_draws_the_same_file_each_time(tmp_path):
         maker.draw(folders, tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert matplotlib.image.imread(tmp_path / "one.png").std() > 0
+
+
+def test_the_page_names_files_that_exist():
+    page = (ROOT / "docs" / "design.md").read_text()
+    # Paths are below the package, or below the root: `cycle/losses.py`, `tests/oracle.py`.
+    named = set(re.findall(r"`([\w./]+(?:\.py|\.md|\.cfg|/))`", page))
+    assert len(named) > 30
+    package = ROOT / "gradient_accumulator_tf"
+    assert [n for n in sorted(named) if not any((p / n).exists() for p in (package, ROOT))] == []
