@@ -102,20 +102,20 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             out of the mean: its weight is 0. "drop_cycle" makes no update with a mean that is
             not finite. Nor does "drop_micro_batch" where nothing finite is left.
         name: Optional name.
-        **kwargs: None is taken: clipping, weight decay, moving averages and the loss scale are
-            the inner optimizer's arguments.
+        **kwargs: Not accepted. Set clipping, weight decay, moving averages and the loss scale on
+            the inner optimizer.
 
     Attributes:
         inner_optimizer: The wrapped optimizer.
         accum_steps: Micro-batches per update; an integer can be set, between fits or within one.
-        steps_in_cycle: int64 scalar variable, the micro-batches that the current cycle takes.
+        steps_in_cycle: int64 scalar tensor, the micro-batches that the current cycle takes.
         reduction: "mean" or "sum".
         non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
         dropped_micro_steps: int64 scalar tensor, the micro-batches that were dropped, over all
             replicas; counted as their cycle ends.
         dropped_cycles: int64 scalar tensor, the cycles that ended without an update.
         iterations: int64 scalar variable, the number of updates.
-        micro_step: int64 scalar variable, the micro-batches in the current cycle.
+        micro_step: int64 scalar tensor, the micro-batches in the current cycle.
         just_updated: Scalar bool tensor, whether the last `apply` ended in an update.
         ended_in_update: The same as a bool, for callbacks.
         learning_rate: The inner optimizer's; can be set.
