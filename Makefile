@@ -19,7 +19,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-clients lint docs picture test-oldest test-uncapped benchmarks clean
+.PHONY: help demo test fuzz test-clients lint types docs picture test-oldest test-uncapped benchmarks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -61,6 +61,9 @@ test-clients: $(CLIENTS)/.installed  ## run the tests with KerasHub, KerasTuner,
 lint: $(STAMP)  ## check style and formatting
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+
+types: $(STAMP)  ## check the types of the package, and of a user's script and mistakes
+	$(RUN) -m mypy
 
 # -E reads all pages anew, as the API reference depends on the package and not on pages only.
 docs: $(STAMP)  ## build the documentation into docs/_build

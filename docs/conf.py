@@ -30,6 +30,8 @@ highlight_language = "text"
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+# The docstrings say the types, with shapes and units.
+autodoc_typehints = "none"
 autodoc_default_options = {
     "members": True,
     # Keras calls these, users do not.

@@ -111,7 +111,7 @@ def test_sum_of_a_cycle_equals_the_large_batch_of_a_loss_that_sums(execution, we
 @pytest.mark.parametrize("accum_steps", [1, 2])
 def test_sum_takes_weights_as_factors(accum_steps):
     variable = keras.Variable(0.0)
-    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps, "sum")
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps, reduction="sum")
     for gradient, weight in ((1.0, 2.0), (5.0, 0.5)):
         optimizer.apply([tf.constant(gradient)], [variable], weight=weight)
     assert float(variable) == -4.5

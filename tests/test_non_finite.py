@@ -1,5 +1,7 @@
 """Gradients with an inf or a nan in them: passed on, or dropped, counted and shown."""
 
+from typing import get_args
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from gradient_accumulator_tf import (
     GradientAccumulateModel,
     GradientAccumulateOptimizer,
 )
+from gradient_accumulator_tf.cycle.non_finite import POLICIES, NonFinite
 from tests.oracle import (
     EFFECTIVE,
     EXECUTIONS,
@@ -25,6 +28,10 @@ from tests.oracle import (
 
 CYCLES = 4
 DROPPING = ["drop_micro_batch", "drop_cycle"]
+
+
+def test_type_checkers_know_every_policy():
+    assert get_args(NonFinite) == tuple(POLICIES)
 
 
 def _sgd():

@@ -1,5 +1,7 @@
 """AccumBatchNorm: batch normalisation whose moving statistics are those of the effective batch."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -135,7 +137,7 @@ class AccumBatchNorm(keras.layers.BatchNormalization):
           sample variances.
     """
 
-    def __init__(self, accum_steps=1, **kwargs):
+    def __init__(self, accum_steps: int = 1, **kwargs: Any) -> None:
         accum_steps = check_calls(accum_steps)
         if kwargs.get("renorm"):
             raise ValueError(

@@ -3,6 +3,8 @@
 A policy is a value of `POLICIES`, and both wrappers ask it. A new one is a subclass here.
 """
 
+from typing import Literal
+
 import keras
 import tensorflow as tf
 
@@ -146,6 +148,8 @@ class DropMicroBatch(DropCycle):
         return tf.nest.map_structure(lambda v: zero_unless(finite, v), sums)
 
 
+# The names of POLICIES, for type checkers.
+NonFinite = Literal["propagate", "drop_micro_batch", "drop_cycle"]
 PROPAGATE = Propagate()
 POLICIES = {policy.name: policy for policy in (PROPAGATE, DropMicroBatch(), DropCycle())}
 

@@ -1,12 +1,16 @@
 """How many micro-batches an update takes, as a function of the update."""
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf._checks import LARGEST_INT, check_steps
+
+# What the argument `accum_steps` takes, for type checkers.
+AccumSteps = int | Mapping[int, int] | Callable[[Any], Any]
 
 # A schedule is asked for these updates when it is made: mistakes show before the training.
 _PROBED_UPDATES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)

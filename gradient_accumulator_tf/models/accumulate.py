@@ -1,8 +1,11 @@
 """GradientAccumulateModel: a Keras model whose `train_step` accumulates."""
 
+from __future__ import annotations
+
 import inspect
 import numbers
 import operator
+from typing import Any, Literal, NoReturn
 
 import keras
 import tensorflow as tf
@@ -11,8 +14,9 @@ from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import check_choice, refuse_arguments, similar_name
 from gradient_accumulator_tf._keras.patches import held_by
 from gradient_accumulator_tf.cycle.batches import check_shared_inputs
-from gradient_accumulator_tf.cycle.non_finite import policy_of
+from gradient_accumulator_tf.cycle.non_finite import NonFinite, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
+    AccumSteps,
     deserialize_accum_steps,
     same_accum_steps,
     serialize_accum_steps,
@@ -33,8 +37,6 @@ from gradient_accumulator_tf.replicated.replicas import (
 )
 from gradient_accumulator_tf.replicated.variables import outside_of_tracing
 
-_LAYER_ARGUMENTS = ("name", "trainable", "dtype", "autocast", "activity_regularizer")
-
 
 def _check_arguments(owner, first, others):
     """Raises if the first argument is a number, or one of the others not known.
@@ -49,11 +51,9 @@ def _check_arguments(owner, first, others):
         )
     own = inspect.signature(GradientAccumulateModel.__init__).parameters.values()
     known = [p.name for p in own if p.kind not in (p.POSITIONAL_ONLY, p.VAR_KEYWORD)]
-    known += _LAYER_ARGUMENTS
-    unknown = {name: value for name, value in others.items() if name not in known}
-    similar = [similar for name in unknown if (similar := similar_name(name, known))]
+    similar = [similar for name in others if (similar := similar_name(name, known))]
     advice = f"Did you mean {' and '.join(similar)}? " if similar else ""
-    refuse_arguments(owner, unknown, f"{advice}Its arguments are {', '.join(known)}.")
+    refuse_arguments(owner, others, f"{advice}Its arguments are {', '.join(known)}.")
 
 
 def _mode_of(accum_steps, micro_batch_size):
@@ -68,7 +68,7 @@ def _mode_of(accum_steps, micro_batch_size):
     return WithinStep(micro_batch_size) if accum_steps is None else AcrossSteps(accum_steps)
 
 
-def _fixed(name, attribute, doc):
+def _fixed(name: str, attribute: str, doc: str) -> Any:
     """A property that can be read, and whose setting is refused with what to do instead."""
     get = operator.attrgetter(attribute)
 
@@ -155,7 +155,12 @@ class GradientAccumulateModel(ModelWrapper):
             for what is nested, where `["graph"]` is all that is in it. Each micro-batch gets them
             whole. Every other tensor of a batch must have one row for each example; only
             scalars, and tensors of one row in a batch of several examples, are for all as well.
-        **kwargs: `name`, `trainable`, `dtype` as for `keras.Model`.
+        name: As for `keras.Model`, and so are the four below.
+        trainable: Whether its variables are trained.
+        dtype: Dtype or dtype policy.
+        autocast: Whether the inputs are cast to its compute dtype.
+        activity_regularizer: Regulariser of its outputs.
+        **kwargs: Not accepted.
 
     Attributes:
         accum_steps: Batches per update; an integer can be set, and holds from the next cycle on.
@@ -175,19 +180,24 @@ class GradientAccumulateModel(ModelWrapper):
 
     def __init__(
         self,
-        model_or_inputs=None,
+        model_or_inputs: Any = None,
         /,
-        outputs=None,
+        outputs: Any = None,
         *,
-        inputs=None,
-        model=None,
-        accum_steps=None,
-        micro_batch_size=None,
-        batch_norm="micro_batch",
-        non_finite="propagate",
-        shared_inputs=None,
-        **kwargs,
-    ):
+        inputs: Any = None,
+        model: Any = None,
+        accum_steps: AccumSteps | None = None,
+        micro_batch_size: int | None = None,
+        batch_norm: Literal["micro_batch", "exact"] = "micro_batch",
+        non_finite: NonFinite = "propagate",
+        shared_inputs: Any = None,
+        name: str | None = None,
+        trainable: bool | None = None,
+        dtype: Any = None,
+        autocast: bool | None = None,
+        activity_regularizer: Any = None,
+        **kwargs: NoReturn,
+    ) -> None:
         _check_arguments(type(self).__name__, model_or_inputs, kwargs)
         mode = _mode_of(accum_steps, micro_batch_size)
         check_choice("batch_norm", batch_norm, ("micro_batch", "exact"))
@@ -202,7 +212,15 @@ class GradientAccumulateModel(ModelWrapper):
         shared_inputs = check_shared_inputs(shared_inputs)
         check_strategy()
         prepare_fit()
-        super().__init__(model_or_inputs, outputs, inputs=inputs, model=model, **kwargs)
+        of_layer = {
+            "name": name,
+            "trainable": trainable,
+            "dtype": dtype,
+            "autocast": autocast,
+            "activity_regularizer": activity_regularizer,
+        }
+        given = {argument: value for argument, value in of_layer.items() if value is not None}
+        super().__init__(model_or_inputs, outputs, inputs=inputs, model=model, **given)
         self._mode = mode
         self._batch_norm = batch_norm
         self._policy = policy
@@ -211,7 +229,7 @@ class GradientAccumulateModel(ModelWrapper):
         mode.watch(self)
 
     @property
-    def accum_steps(self):
+    def accum_steps(self) -> Any:
         """Batches per update: the optimizer's, once there is one; None with `micro_batch_size`.
 
         An integer can be set, between fits or within one; it holds from the next cycle on.
@@ -219,16 +237,16 @@ class GradientAccumulateModel(ModelWrapper):
         return self._mode.accum_steps(self)
 
     @accum_steps.setter
-    def accum_steps(self, value):
+    def accum_steps(self, value: int) -> None:
         self._mode.set_accum_steps(self, value)
 
     @property
-    def shared_inputs(self):
+    def shared_inputs(self) -> tuple[Any, ...]:
         """Tuple of the inputs that belong to every example: positions, keys and tuples of both."""
         return self._shared_inputs
 
     @property
-    def micro_batch_size(self):
+    def micro_batch_size(self) -> int | None:
         """Examples per micro-batch (per replica); None with `accum_steps`.
 
         An integer can be set, between fits or within one; the next batch is cut by it, with a new
@@ -237,7 +255,7 @@ class GradientAccumulateModel(ModelWrapper):
         return self._mode.micro_batch_size
 
     @micro_batch_size.setter
-    def micro_batch_size(self, value):
+    def micro_batch_size(self, value: int) -> None:
         self._mode.set_micro_batch_size(value)
         if self.train_function is not None:
             # Keras's own, since what is trainable is still to be as it was; `fit` looks it up in
@@ -250,27 +268,27 @@ class GradientAccumulateModel(ModelWrapper):
     )
 
     @property
-    def dropped_micro_steps(self):
+    def dropped_micro_steps(self) -> tf.Tensor:
         """int64 scalar tensor: micro-batches dropped so far (0 if none can be)."""
         return tf.convert_to_tensor(self._mode.counts(self).dropped_micro_steps)
 
     @property
-    def dropped_cycles(self):
+    def dropped_cycles(self) -> tf.Tensor:
         """int64 scalar tensor: cycles dropped so far (0 if none can be)."""
         return tf.convert_to_tensor(self._mode.counts(self).dropped_cycles)
 
     def compile(
         self,
-        optimizer="rmsprop",
-        loss=None,
-        loss_weights=None,
-        metrics=None,
-        weighted_metrics=None,
-        run_eagerly=False,
-        steps_per_execution=1,
-        jit_compile="auto",
-        auto_scale_loss=True,
-    ):
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: str | bool = "auto",
+        auto_scale_loss: bool = True,
+    ) -> None:
         """Configures the model for training; arguments as for `keras.Model.compile`.
 
         With `accum_steps` the optimizer is wrapped in a `GradientAccumulateOptimizer`, under
@@ -304,7 +322,7 @@ class GradientAccumulateModel(ModelWrapper):
         if accumulating is not None and self.built:
             accumulating.rebuild(self.trainable_variables)
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         """As for `keras.Model`, which calls it before each fit and `train_on_batch`.
 
         Raises:
@@ -330,7 +348,7 @@ class GradientAccumulateModel(ModelWrapper):
                 )
         super().make_train_function(force)
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model; Keras asks for it where `compile` is overridden."""
         # What was saved is what a wrapped model's own `compile` had handed on.
         type(self).compile(self, **keras.saving.deserialize_keras_object(config))
@@ -339,23 +357,23 @@ class GradientAccumulateModel(ModelWrapper):
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        epochs=1,
-        verbose="auto",
-        callbacks=None,
-        validation_split=0.0,
-        validation_data=None,
-        shuffle=True,
-        class_weight=None,
-        sample_weight=None,
-        initial_epoch=0,
-        steps_per_epoch=None,
-        validation_steps=None,
-        validation_batch_size=None,
-        validation_freq=1,
-    ):
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: str | int = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: dict[int, float] | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: Any = 1,
+    ) -> keras.callbacks.History:
         """Trains the model; arguments and result as for `keras.Model.fit`.
 
         With `accum_steps` a partial cycle at an epoch's end is applied before its validation and
@@ -388,7 +406,7 @@ class GradientAccumulateModel(ModelWrapper):
             validation_freq=validation_freq,
         )
 
-    def flush(self):
+    def flush(self) -> None:
         """Updates with the mean over a partial cycle, if there is one (mode `accum_steps`).
 
         To be called at the end of a loop of `train_on_batch`; `fit` does it by itself. Optimizers
@@ -400,7 +418,7 @@ class GradientAccumulateModel(ModelWrapper):
                 accumulating.flush()
 
     @property
-    def ended_in_update(self):
+    def ended_in_update(self) -> bool:
         """Whether the last batch ended in an update: a bool, for callbacks.
 
         As for `GradientAccumulateOptimizer`; with `micro_batch_size` every batch does.
@@ -409,7 +427,7 @@ class GradientAccumulateModel(ModelWrapper):
         return optimizer is None or optimizer.ended_in_update
 
     @property
-    def just_updated(self):
+    def just_updated(self) -> tf.Tensor:
         """Scalar bool tensor: whether the last batch ended in an update, for a `train_step`.
 
         As for `GradientAccumulateOptimizer`; with `micro_batch_size` every batch does.
@@ -417,7 +435,7 @@ class GradientAccumulateModel(ModelWrapper):
         optimizer = accumulating_optimizer_of(self)
         return tf.constant(True) if optimizer is None else optimizer.just_updated
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, Any]:
         """One batch: a micro-step, or all micro-steps of an update; see the class.
 
         Args:
@@ -435,7 +453,7 @@ class GradientAccumulateModel(ModelWrapper):
         tensors = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
         return self._mode.train_step(self, tensors, build, lambda: plain_step(data))
 
-    def micro_batch_weight(self, x, y, sample_weight):
+    def micro_batch_weight(self, x: Any, y: Any, sample_weight: Any) -> Any:
         """What a micro-batch counts for where no compiled loss tells; to be overridden.
 
         It is the weight of regularisers and of scalars given to `add_loss`, and of all that a
@@ -508,7 +526,7 @@ class GradientAccumulateModel(ModelWrapper):
             )
         return self._mode.optimizer_for(self, optimizer)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Config of the wrapped model and the mode; a subclass's own, as by Keras, without one."""
         if self.model is None:
             return super().get_config()
@@ -524,7 +542,9 @@ class GradientAccumulateModel(ModelWrapper):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> GradientAccumulateModel:
         """The reverse of `get_config`."""
         if not isinstance(config.get("model"), dict):
             return super().from_config(config, custom_objects=custom_objects)

@@ -1,7 +1,11 @@
 """GradientAccumulateOptimizer: when to add a micro-batch's gradients, and when to update."""
 
+from __future__ import annotations
+
 import contextlib
 import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NoReturn
 
 import keras
 import numpy as np
@@ -12,8 +16,9 @@ from gradient_accumulator_tf._checks import check_choice
 from gradient_accumulator_tf._keras.patches import hook_into_models
 from gradient_accumulator_tf.cycle.accumulator import CycleEnd, GradientAccumulator, NoSums
 from gradient_accumulator_tf.cycle.gradients import Contribution
-from gradient_accumulator_tf.cycle.non_finite import PROPAGATE, NoDrops, policy_of
+from gradient_accumulator_tf.cycle.non_finite import PROPAGATE, NoDrops, NonFinite, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
+    AccumSteps,
     check_accum_steps,
     deserialize_accum_steps,
     serialize_accum_steps,
@@ -97,20 +102,20 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             out of the mean: its weight is 0. "drop_cycle" makes no update with a mean that is
             not finite. Nor does "drop_micro_batch" where nothing finite is left.
         name: Optional name.
-        **kwargs: None is taken: clipping, weight decay, moving averages and the loss scale are
-            the inner optimizer's arguments.
+        **kwargs: Not accepted. Set clipping, weight decay, moving averages and the loss scale on
+            the inner optimizer.
 
     Attributes:
         inner_optimizer: The wrapped optimizer.
         accum_steps: Micro-batches per update; an integer can be set, between fits or within one.
-        steps_in_cycle: int64 scalar variable, the micro-batches that the current cycle takes.
+        steps_in_cycle: int64 scalar tensor, the micro-batches that the current cycle takes.
         reduction: "mean" or "sum".
         non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
         dropped_micro_steps: int64 scalar tensor, the micro-batches that were dropped, over all
             replicas; counted as their cycle ends.
         dropped_cycles: int64 scalar tensor, the cycles that ended without an update.
         iterations: int64 scalar variable, the number of updates.
-        micro_step: int64 scalar variable, the micro-batches in the current cycle.
+        micro_step: int64 scalar tensor, the micro-batches in the current cycle.
         just_updated: Scalar bool tensor, whether the last `apply` ended in an update.
         ended_in_update: The same as a bool, for callbacks.
         learning_rate: The inner optimizer's; can be set.
@@ -128,13 +133,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
     def __init__(
         self,
-        optimizer,
-        accum_steps,
-        reduction="mean",
-        non_finite="propagate",
-        name=None,
-        **kwargs,
-    ):
+        optimizer: Any,
+        accum_steps: AccumSteps,
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        non_finite: NonFinite = "propagate",
+        name: str | None = None,
+        **kwargs: NoReturn,
+    ) -> None:
         accum_steps = check_accum_steps(accum_steps, "micro-batches per update")
         check_choice("reduction", reduction, ("mean", "sum"))
         policy = policy_of(non_finite)
@@ -150,8 +156,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._accumulator = self._no_sums()
         self._drops = NoDrops()
         self._loss_scaler = None
-        self._followers = tuple
-        self._state_to_load = None
+        self._followers: Callable[[], Any] = tuple
+        self._state_to_load: dict[str, Any] | None = None
         self._weights_to_set = None
         self._groups_to_make = 0
         self._strategy = tf.distribute.get_strategy()
@@ -159,7 +165,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._notes = CheckpointNotes(self._write_notes, self._read_notes)
 
     @property
-    def accum_steps(self):
+    def accum_steps(self) -> Any:
         """Micro-batches per update: an integer, which can be set, or a schedule.
 
         What is set holds from the next cycle on, without a new trace. An optimizer that was built
@@ -174,11 +180,11 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         return self._length.accum_steps
 
     @accum_steps.setter
-    def accum_steps(self, value):
+    def accum_steps(self, value: int) -> None:
         self._take_accum_steps(self._length.checked(value, type(self).__name__))
 
     @property
-    def steps_in_cycle(self):
+    def steps_in_cycle(self) -> tf.Tensor:
         """int64 scalar tensor: micro-batches in the current cycle once it is complete.
 
         Between cycles it is the last one's; 0 before the first and after `reset`. Always 1 if the
@@ -204,32 +210,32 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         return not one_by_one or number_of_replicas() > 1
 
     @property
-    def reduction(self):
+    def reduction(self) -> str:
         """What an update takes of the cycle's gradients: "mean" or "sum"."""
         return self._reduction
 
     @property
-    def non_finite(self):
+    def non_finite(self) -> str:
         """What becomes of gradients that are not finite."""
         return self._policy.name
 
     @property
-    def dropped_micro_steps(self):
+    def dropped_micro_steps(self) -> tf.Tensor:
         """int64 scalar tensor: micro-batches dropped so far (0 before `build`)."""
         return tf.convert_to_tensor(self._drops.dropped_micro_steps)
 
     @property
-    def dropped_cycles(self):
+    def dropped_cycles(self) -> tf.Tensor:
         """int64 scalar tensor: cycles dropped so far (0 before `build`)."""
         return tf.convert_to_tensor(self._drops.dropped_cycles)
 
     @property
-    def micro_step(self):
+    def micro_step(self) -> tf.Tensor:
         """int64 scalar tensor: micro-batches in the current cycle (0 before `build`)."""
         return self._accumulator.in_cycle()[0]
 
     @property
-    def just_updated(self):
+    def just_updated(self) -> tf.Tensor:
         """Scalar bool tensor: whether the last `apply` (or `flush`) ended a cycle in an update.
 
         For a `train_step` of your own: what a plain one does after each update, do where it holds.
@@ -250,7 +256,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         return self._accumulator.just_ended()
 
     @property
-    def ended_in_update(self):
+    def ended_in_update(self) -> bool:
         """Whether the last micro-batch ended its cycle in an update: a bool, for callbacks.
 
         With `steps_per_execution` callbacks see only the last of several batches; `iterations`
@@ -268,7 +274,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         return bool(self.just_updated.numpy())
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         """The inner optimizer's variables, then those of the cycle.
 
         The same from build on, but for an optimizer that kept no sums and begins to, and for the
@@ -284,7 +290,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         cycle = self._accumulator.variables_from_build
         return [*self.inner_optimizer.variables, *self._drops.variables, *cycle]
 
-    def build(self, variables):
+    def build(self, variables: Iterable[Any]) -> None:
         """Creates the inner optimizer's variables and one accumulator per trainable variable.
 
         Args:
@@ -318,21 +324,21 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             with tf.init_scope():
                 self.set_weights(weights)
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets `variables` from a list of arrays in the same order; before `build`, at `build`.
 
         The list may hold the sums of an open cycle for more denominators than there are yet.
         """
         if not self.built:
             # Past `__setattr__`, which would take the list for state to save.
-            vars(self)["_weights_to_set"] = [np.array(w) for w in weights]
+            self.__dict__["_weights_to_set"] = [np.array(w) for w in weights]
             return
         if len(weights) > len(self.variables):
             self._begin_to_accumulate()
             self._accumulator.make_groups_for(len(weights) - len(self._variables_from_build))
         super().set_weights(weights)
 
-    def rebuild(self, variables):
+    def rebuild(self, variables: Iterable[Any]) -> None:
         """Takes variables that it was not built with, and keeps what it knows of the others.
 
         For a model of which some variables were made trainable, before it is compiled again with
@@ -367,7 +373,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             if accumulator.keeps_sums:
                 self._accumulator.take_over(accumulator, indices)
 
-    def apply_gradients(self, grads_and_vars, weight=None):
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], weight: Any = None) -> Any:
         """Adds one micro-batch's gradients; every `accum_steps`-th call updates the variables.
 
         Args:
@@ -383,7 +389,12 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
     # AutoGraph would rewrite the library where a user's own function calls it.
     @tf.autograph.experimental.do_not_convert
-    def apply(self, grads, trainable_variables=None, weight=None):
+    def apply(
+        self,
+        grads: Iterable[Any],
+        trainable_variables: Iterable[Any] | None = None,
+        weight: Any = None,
+    ) -> None:
         """Adds one micro-batch's gradients; every `accum_steps`-th call updates the variables.
 
         Args:
@@ -429,13 +440,13 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         )
 
     @tf.autograph.experimental.do_not_convert
-    def flush(self):
+    def flush(self) -> None:
         """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
         with self._in_strategy():
             self._accumulator.flush(self._cycle_end())
 
     @tf.autograph.experimental.do_not_convert
-    def reset(self):
+    def reset(self) -> None:
         """Drops what a partial cycle holds, without an update."""
         with self._in_strategy():
             self._accumulator.drop()
@@ -459,12 +470,12 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         """
         self._loss_scaler = weakref.ref(loss_scaler)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Flushes a partial cycle, then finalizes the inner optimizer; `fit` calls it last."""
         self.flush()
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Writes the inner optimizer's state as it would itself and, in mid-cycle, the cycle's.
 
         A file written between cycles is thus the inner optimizer's own, and loads into it, unless
@@ -481,7 +492,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             for name, variable in dropped.items():
                 store[name] = variable.numpy()
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Reads what this optimizer or its inner optimizer wrote; before `build`, at `build`."""
         state = {name: np.array(store[name]) for name in store.keys()}
         if self.built:
@@ -490,7 +501,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             self._state_to_load = state
             self._take_saved_steps(state.get("accum_steps"))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Config with the serialised inner optimizer."""
         return {
             **super().get_config(),
@@ -500,7 +511,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> GradientAccumulateOptimizer:
         """The reverse of `get_config`."""
         steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
         return super().from_config({**config, "accum_steps": steps}, custom_objects)

@@ -39,6 +39,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = optimizer
 
+    built: bool
     weight_decay = _owned_by_inner("weight_decay")
     clipnorm = _owned_by_inner("clipnorm")
     clipvalue = _owned_by_inner("clipvalue")
