@@ -14,7 +14,12 @@ tf.config.set_logical_device_configuration(
 )
 
 
-@pytest.fixture(params=list(EXECUTIONS))
+# In a graph, which is how `fit` runs if nothing else is said, each of these tests is a fast one.
+@pytest.fixture(
+    params=[
+        pytest.param(how, marks=pytest.mark.fast if how == "graph" else ()) for how in EXECUTIONS
+    ]
+)
 def execution(request):
     """Arguments of `compile` for each way in which Keras runs a training step."""
     return EXECUTIONS[request.param]
