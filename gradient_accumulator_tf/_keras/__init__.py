@@ -51,6 +51,7 @@ from gradient_accumulator_tf._keras.optimizer_copies import copied_optimizer, re
 from gradient_accumulator_tf._keras.patches import mend_fit_on_several_workers, route_loss_scaling
 from gradient_accumulator_tf._keras.substitutes import (
     activity_regularizers_by_rank,
+    recorded_vectors,
     replaced_added_losses,
     replaced_losses,
     replicas_agree,
@@ -89,6 +90,7 @@ __all__ = [
     "packed_outputs",
     "per_output_loss_metrics",
     "rebuilt_optimizer",
+    "recorded_vectors",
     "replace_layers",
     "replaced_added_losses",
     "replaced_losses",
