@@ -29,11 +29,6 @@ class VariableDifference(NamedTuple):
         """`difference / movement`; 0 if there is no difference, inf if only it is not 0."""
         return _quotient(self.difference, self.movement)
 
-    def _cells(self) -> tuple[str, ...]:
-        reordered = _quotient(self.reordered, self.movement)
-        numbers = (self.movement, self.difference, self.relative, reordered)
-        return (self.path, *(f"{n:.1e}" for n in numbers), "" if self.within else "differs")
-
 
 class Cause(NamedTuple):
     """A reason why accumulation differs from the large batch.
@@ -82,8 +77,10 @@ class EquivalenceReport(NamedTuple):
     def _table(self) -> list[str]:
         """Lines with the variables that differ most."""
         worst = sorted(self.variables, key=lambda v: v.relative, reverse=True)
-        rows = [("variable", "movement", "difference", "relative", "reordered", "")]
-        rows += [v._cells() for v in worst[:_SHOWN_VARIABLES]]
+        rows: list[tuple[str, ...]] = [
+            ("variable", "movement", "difference", "relative", "reordered", "")
+        ]
+        rows += [_cells_of(v) for v in worst[:_SHOWN_VARIABLES]]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for path, *cells in rows:
@@ -92,6 +89,13 @@ class EquivalenceReport(NamedTuple):
         if len(worst) > _SHOWN_VARIABLES:
             lines.append(f"... and {len(worst) - _SHOWN_VARIABLES} more that differ less")
         return lines
+
+
+def _cells_of(variable: VariableDifference) -> tuple[str, ...]:
+    """A variable's row of the table."""
+    v = variable
+    numbers = (v.movement, v.difference, v.relative, _quotient(v.reordered, v.movement))
+    return (v.path, *(f"{n:.1e}" for n in numbers), "" if v.within else "differs")
 
 
 def _quotient(difference: float, movement: float) -> float:
