@@ -24,7 +24,7 @@ class Cause(NamedTuple):
     """
 
     kind: str
-    where: tuple
+    where: tuple[str, ...]
     advice: str
 
 

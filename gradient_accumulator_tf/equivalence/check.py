@@ -2,7 +2,8 @@
 
 import contextlib
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 from gradient_accumulator_tf._checks import check_number, check_positive_int
 from gradient_accumulator_tf.equivalence.causes import (
+    Cause,
     Evidence,
     causes_of,
     random_layers,
@@ -43,7 +45,7 @@ class VariableDifference(NamedTuple):
     within: bool
 
     @property
-    def relative(self):
+    def relative(self) -> float:
         """`difference / movement`; 0 for a variable that nothing moved."""
         return _quotient(self.difference, self.movement)
 
@@ -59,13 +61,15 @@ class EquivalenceReport(NamedTuple):
     """
 
     equivalent: bool
-    variables: tuple
-    causes: tuple
+    variables: tuple[VariableDifference, ...]
+    causes: tuple[Cause, ...]
     setting: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         worst = sorted(self.variables, key=lambda v: v.relative, reverse=True)
-        rows = [("variable", "movement", "difference", "relative", "reordered", "")]
+        rows: list[tuple[str, ...]] = [
+            ("variable", "movement", "difference", "relative", "reordered", "")
+        ]
         for v in worst[:SHOWN]:
             reordered = _quotient(v.reordered, v.movement)
             numbers = (v.movement, v.difference, v.relative, reordered)
@@ -89,18 +93,18 @@ class EquivalenceReport(NamedTuple):
 
 
 def check_equivalence(
-    model,
-    x,
-    y=None,
+    model: keras.Model | Callable[[], keras.Model],
+    x: Any,
+    y: Any = None,
     *,
-    micro_batch_size=None,
-    accum_steps=None,
-    sample_weight=None,
-    batch_size=None,
-    updates=3,
-    tolerance=1e-3,
-    verbose=1,
-):
+    micro_batch_size: int | None = None,
+    accum_steps: int | None = None,
+    sample_weight: Any = None,
+    batch_size: int | None = None,
+    updates: int = 3,
+    tolerance: float = 1e-3,
+    verbose: int = 1,
+) -> EquivalenceReport:
     """Trains copies of a compiled model on large batches and accumulated, and compares them.
 
     Three copies start from the model's weights, optimizer state and random states: one makes
