@@ -1,5 +1,7 @@
 """check_equivalence: does a model that accumulates train as on the large batch, and if not, why?"""
 
+from __future__ import annotations
+
 import contextlib
 import warnings
 from collections.abc import Callable

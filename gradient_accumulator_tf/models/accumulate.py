@@ -262,7 +262,7 @@ class GradientAccumulateModel(ModelWrapper):
     )
     shared_inputs = FixedAttribute[tuple[Any, ...]](
         "_shared_inputs",
-        "Tuple of the inputs that belong to every example: positions, keys and tuples of both.",
+        "The inputs that belong to every example, a tuple of positions, keys and tuples of both.",
         _ANOTHER,
     )
 

@@ -1,5 +1,7 @@
 """AtomicBackupAndRestore: backups of a training that are there as a whole or not at all."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil

@@ -1,5 +1,7 @@
 """What belongs on an epoch's end."""
 
+from __future__ import annotations
+
 import math
 import time
 from typing import Any

@@ -1,5 +1,7 @@
 """A Keras model around another one that looks like the model in it."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import keras

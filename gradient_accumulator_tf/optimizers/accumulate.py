@@ -222,7 +222,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
     reduction = FixedAttribute[str](
         "_reduction",
-        'What an update takes of the cycle\'s gradients: "mean" or "sum".',
+        'What an update takes of the gradients of a cycle, "mean" or "sum".',
         _ANOTHER,
     )
     non_finite = FixedAttribute[str](

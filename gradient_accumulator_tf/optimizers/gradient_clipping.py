@@ -1,5 +1,7 @@
 """Adaptive gradient clipping: each unit's gradient is bounded by the norm of its weights."""
 
+from __future__ import annotations
+
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
