@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
@@ -15,6 +16,25 @@ EXECUTIONS = {
     "jit": {"jit_compile": True},
     "steps_per_execution": {"steps_per_execution": 3},
 }
+
+
+def each_in_turn(names, ways, core=(), fast=()):
+    """Parameters (name, way): each name in one of `ways` in turn, and those of `core` in all.
+
+    A fault is in a way or in a name, rarely in a pair of both; the full product would find no more.
+
+    Args:
+        names: Names, of which each comes in at least one way.
+        ways: Ways, of which each comes with at least `len(names) // len(ways)` names.
+        core: The names that come in each way.
+        fast: The names of `core` that are part of `make test-fast`.
+    """
+    ways, pairs = list(ways), []
+    for i, name in enumerate(names):
+        for way in ways if name in core else [ways[i % len(ways)]]:
+            marks = [pytest.mark.fast] if name in fast else []
+            pairs.append(pytest.param(name, way, id=f"{name}-{way}", marks=marks))
+    return pairs
 
 
 def regression_data(examples, features=5, seed=0, dtype="float32"):

@@ -37,10 +37,12 @@ def test_slices_stay_slices_until_they_are_scattered():
     assert total.numpy().tolist() == [[5.0], [1.0], [9.0]]
 
 
+@pytest.mark.fast
 def test_mean_of_nothing_is_zero():
     assert weighted_mean(tf.constant([3.0, 0.0]), tf.constant(0.0)).numpy().tolist() == [0.0, 0.0]
 
 
+@pytest.mark.fast
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(numbers, numbers, weights), min_size=1, max_size=6))
 def test_weighted_mean_of_any_micro_batches(micro_batches):
@@ -59,6 +61,7 @@ def test_weighted_mean_of_any_micro_batches(micro_batches):
     assert [float(np.squeeze(m)) for m in accumulator.finish([0, 1])[0]] == [0.0, 0.0]
 
 
+@pytest.mark.fast
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(numbers, weights, numbers, weights, numbers), min_size=1, max_size=5))
 def test_each_group_has_its_own_denominator_and_sums_have_none(micro_batches):

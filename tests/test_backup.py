@@ -47,6 +47,7 @@ def train(folder=None, way="optimizer", stop=None, **backup):
     return model.get_weights(), epochs
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stopped_training_goes_on(way, tmp_path):
     folder = tmp_path / "backup"

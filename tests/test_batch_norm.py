@@ -25,6 +25,7 @@ def _recorded_by_keras(x, mask=None, layer=None, **kwargs):
     return _moving(layer)
 
 
+@pytest.mark.fast
 def test_by_hand():
     # {0, 0} and {10, 10}: the variances are 0 and 0, but the four numbers vary by 25.
     layer = AccumBatchNorm(accum_steps=2, momentum=0.0)
@@ -38,6 +39,7 @@ def test_by_hand():
     assert [v.item() for v in _moving(layer)] == [2.0, 1.0]
 
 
+@pytest.mark.fast
 def test_pooled_moments_of_large_means_and_small_variances():
     rng = np.random.default_rng(0)
     parts = [rng.normal(100.0, 0.1, size=(n, 3)) for n in (1, 4, 7)]
@@ -156,6 +158,7 @@ def test_one_step_is_kerass_layer_bit_for_bit():
         assert difference(_moving(ours), _moving(plain)) == 0.0
 
 
+@pytest.mark.fast
 def test_frozen_and_inference_use_and_keep_the_moving_statistics():
     x = np.full((4, 2), 5.0, "float32")
     layer = AccumBatchNorm(accum_steps=2)
@@ -168,6 +171,7 @@ def test_frozen_and_inference_use_and_keep_the_moving_statistics():
     assert int(layer._pool.micro_step) == 0
 
 
+@pytest.mark.fast
 def test_config_weights_and_files_are_kerass():
     arguments = {
         "axis": 1,
@@ -349,6 +353,7 @@ def test_the_call_that_finds_the_data_at_its_end_does_not_count():
     assert int(_batch_norm(model)._pool.micro_step) == 0  # 12 of 3
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "arguments, error, message",
     [

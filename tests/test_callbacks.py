@@ -86,6 +86,7 @@ def test_reduce_lr_on_plateau():
     assert rates[0] > rates[-1] > 0
 
 
+@pytest.mark.fast
 def test_early_stopping_restores_the_best_weights():
     def diverging():
         return keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.02, 4, 3.0))
@@ -241,6 +242,7 @@ def test_csv_logger(tmp_path):
                 np.testing.assert_allclose(float(row[name]), float(value), 2e-6, err_msg=way)
 
 
+@pytest.mark.fast
 def test_terminate_on_nan():
     x, y, _ = regression_data(48)
     y[2 * EFFECTIVE + MICRO] = np.nan  # in the third effective batch
@@ -345,6 +347,7 @@ def test_throughput_of_partial_cycles_and_data_of_unknown_length(way, effective,
     np.testing.assert_allclose(per_update, 5 * MICRO / np.array(updates))
 
 
+@pytest.mark.fast
 def test_throughput_of_an_epoch_without_an_update():
     model, batch_size = make("optimizer", sgd())
     logs = throughput(model, batch_size, regression_data(2 * MICRO)[:2], epochs=2)
@@ -409,6 +412,7 @@ def test_throughput_on_replicas_and_under_a_loss_scale(way):
     assert logs["effective_batch"] == [EFFECTIVE] * 2
 
 
+@pytest.mark.fast
 def test_throughput_refuses_what_is_no_batch_size():
     with pytest.raises(
         ValueError, match=r"batch_size.*>= 1.*Received: batch_size=0.*that fit is given"

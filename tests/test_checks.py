@@ -34,6 +34,7 @@ def rate(**sizes):
     scale_learning_rate(0.1, **sizes)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("make", "remedy"),
     [
@@ -90,6 +91,7 @@ def test_a_schedule_of_phases_holds_what_tensorflow_can_count(steps):
         PiecewiseConstantSteps(steps)
 
 
+@pytest.mark.fast
 def test_a_slip_is_known_again():
     assert similar_name("acum_steps", ["outputs", "accum_steps"]) == "accum_steps"
     assert similar_name("steps_per_epoch", ["outputs", "name"]) is None

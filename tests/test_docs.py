@@ -57,12 +57,14 @@ def test_an_undocumented_public_name_fails_the_build(docs_copy, tmp_path):
     assert "Silent has no docstring" in run.stderr
 
 
+@pytest.mark.fast
 def test_every_page_is_in_a_toctree():
     trees = re.findall(r"```\{toctree\}\n(.*?)```", (ROOT / "docs/index.md").read_text(), re.DOTALL)
     listed = {line for tree in trees for line in tree.split("\n") if re.fullmatch(r"\w+", line)}
     assert listed == {page.stem for page in PAGES} - {"index"}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in PAGES)])
 def test_relative_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text()):

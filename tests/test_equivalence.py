@@ -200,6 +200,7 @@ def test_what_is_equal_is_found_equal_without_a_cause(name):
         assert v.movement > 1e-4 or not weight.trainable
 
 
+@pytest.mark.fast
 def test_an_optimizer_that_accumulates_is_checked_as_it_is():
     model = model_of(optimizer=GradientAccumulateOptimizer(keras.optimizers.Adam(0.01), 4))
     report = check_equivalence(model, X, Y, verbose=0)
@@ -323,6 +324,7 @@ def test_what_an_optimizer_alone_cannot_know(name):
         assert report.causes[0].where == ("embed",)
 
 
+@pytest.mark.fast
 def test_the_model_is_left_as_it_was():
     model = model_of(keras.layers.Dropout(0.5), batch_norm())
     model.fit(X, Y, verbose=0)
@@ -358,6 +360,7 @@ def test_it_starts_from_the_state_of_model_and_optimizer(kind):
     np.testing.assert_allclose([v.movement for v in report.variables], moved, rtol=1e-3)
 
 
+@pytest.mark.fast
 def test_under_a_loss_scale():
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -370,6 +373,7 @@ def test_under_a_loss_scale():
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.fast
 def test_prints_its_table(capsys):
     report = check_equivalence(model_of(), X, Y, micro_batch_size=8, batch_size=16, updates=2)
     printed = capsys.readouterr().out
@@ -389,6 +393,7 @@ def test_a_deep_model_shows_what_is_furthest_off():
     assert "... and 12 more that differ less" in printed
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -111,6 +111,7 @@ def own(reduction):
     return lambda: GradientAccumulateOptimizer("sgd", 4, reduction=reduction)
 
 
+@pytest.mark.fast
 def test_an_unreduced_loss_is_named_with_its_remedy():
     report = check(Base)
     assert not report.equivalent

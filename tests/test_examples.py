@@ -75,6 +75,7 @@ def test_digits_plot_where_memory_is_not_known(tmp_path):
     assert labels == ["unknown"] * 3
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,6 +112,7 @@ def test_digits_refuses_to_plot_without_matplotlib(monkeypatch, tmp_path, capsys
     assert "--plot needs matplotlib. Install it, or leave out --plot." in capsys.readouterr().err
 
 
+@pytest.mark.fast
 def test_rules_of_a_table():
     rows = [("way", "loss"), ("a", "1.5"), ("b", "12.5")]
     assert digits.aligned(rows, rules=(1, 2)).splitlines() == [

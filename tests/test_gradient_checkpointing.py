@@ -78,6 +78,7 @@ def test_equals_the_large_batch_under_mixed_precision(policy):
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.fast
 def test_regularisers_in_a_block_count_once():
     kwargs = {"kernel_regularizer": keras.regularizers.L2(0.1)}
     expected, _ = train(blocks_model(recomputed=False, **kwargs), "large")
@@ -86,6 +87,7 @@ def test_regularisers_in_a_block_count_once():
         assert difference(weights, expected) < 2e-6, way
 
 
+@pytest.mark.fast
 def test_a_model_of_recomputed_blocks_is_saved_whole(tmp_path):
     _, model = train(blocks_model(recomputed=True), "accum_steps")
     model.save(tmp_path / "model.keras")
@@ -385,6 +387,7 @@ def test_a_mask_matters():
     assert difference(*outputs) > 1e-3
 
 
+@pytest.mark.fast
 def test_several_inputs_and_outputs():
     keras.utils.set_random_seed(1)
     a, b = keras.Input((3,)), keras.Input((3,))
@@ -405,6 +408,7 @@ def test_the_output_shape_is_known():
     assert outputs.shape == (None, 7)
 
 
+@pytest.mark.fast
 def test_what_is_no_layer_is_refused():
     with pytest.raises(ValueError, match=r"Keras layer or model\. Received: <function alone"):
         GradientCheckpoint(alone)

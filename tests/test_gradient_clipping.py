@@ -39,6 +39,7 @@ def _named_model(seed=1):
     return keras.Sequential([keras.Input((5,)), *layers])
 
 
+@pytest.mark.fast
 def test_units_are_clipped_to_a_fraction_of_their_weights():
     weights = np.array([[3.0, 0.0, 6.0], [4.0, 0.0, 8.0]])  # norms 5, 0 and 10
     gradient = np.array([[0.6, 0.06, 0.6], [0.8, 0.08, 0.8]])  # norms 1, 0.1 and 1
@@ -241,6 +242,7 @@ def test_on_replicas_the_sum_is_clipped(kind):
     assert difference(model.get_weights(), large.get_weights()) < 1e-6
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mode", ["plain", *MODES])
 def test_under_a_loss_scale_the_gradients_themselves_are_clipped(mode):
     keras.config.set_dtype_policy("mixed_float16")
@@ -274,6 +276,7 @@ def test_sixteen_bit_variables_are_clipped_in_float32():
     np.testing.assert_allclose(variable.numpy(), 5e-5, rtol=2e-3)
 
 
+@pytest.mark.fast
 def test_slices_are_clipped_as_the_dense_gradient():
     start, dense = np.random.default_rng(0).normal(size=(6, 2)), np.zeros((6, 2))
     rows, values = [1, 4, 1], np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -322,6 +325,7 @@ def test_units_of_a_layer_of_ones_own():
     np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.fast
 def test_it_is_saved_and_goes_on_in_mid_cycle(tmp_path):
     def steps(model, first, last):
         x, y, _ = regression_data(40)
@@ -378,6 +382,7 @@ def test_callbacks_see_the_inner_optimizers_learning_rate():
     assert float(optimizer.inner_optimizer.learning_rate) == 0.125
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
@@ -404,6 +409,7 @@ def test_bad_arguments(arguments, error, message):
         AdaptiveGradientClipping("sgd", **arguments)
 
 
+@pytest.mark.fast
 def test_what_cannot_be_wrapped():
     with pytest.raises(ValueError, match=r"inside of the accumulation.*Optimizer\(AdaptiveGrad"):
         AdaptiveGradientClipping(GradientAccumulateOptimizer("sgd", 2))

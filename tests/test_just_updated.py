@@ -117,6 +117,7 @@ def test_with_a_micro_batch_size_every_batch_is_an_update():
     assert model.just_updated.dtype == tf.bool and bool(model.just_updated)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("accum_steps, answers", [(2, [0, 1, 0]), (1, [1, 1, 1])])
 def test_the_answers_by_hand(accum_steps, answers):
     variable = keras.Variable(0.0)
@@ -141,6 +142,7 @@ def test_what_was_reset_ended_in_no_update():
     assert not optimizer.just_updated and not optimizer.ended_in_update
 
 
+@pytest.mark.fast
 def test_an_update_that_is_dropped_ends_its_cycle():
     variable = keras.Variable(0.0)
     optimizer = GradientAccumulateOptimizer("sgd", 2, non_finite="drop_cycle")

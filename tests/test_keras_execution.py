@@ -9,6 +9,7 @@ from gradient_accumulator_tf.replicated.variables import sum_variable
 from tests.oracle import mirrored
 
 
+@pytest.mark.fast
 def test_xla_is_seen_while_it_traces():
     seen = []
 
@@ -21,6 +22,7 @@ def test_xla_is_seen_while_it_traces():
     assert seen == [False, False, True]
 
 
+@pytest.mark.fast
 def test_a_replica_must_not_synchronise_in_a_conditional_on_cpus():
     with mirrored().scope():
         assert not _keras.replicas_need_no_merge_call()
@@ -46,6 +48,7 @@ def test_a_replicas_own_variable_of_a_sum():
     assert _keras.replica_local(variable) is variable
 
 
+@pytest.mark.fast
 def test_strategies_that_keep_variables_elsewhere():
     central = tf.distribute.experimental.CentralStorageStrategy(["CPU:0"], "CPU:1")
     assert _keras.is_parameter_server(central)

@@ -8,6 +8,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import GradientAccumulateOptimizer
 
 
+@pytest.mark.fast
 def test_a_loss_scale_optimizer_left_alone_looks_at_each_micro_batch():
     # When it asks its inner optimizer first, `route_loss_scaling` can go.
     variable = keras.Variable(1.0)

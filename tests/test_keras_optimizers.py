@@ -8,6 +8,7 @@ from gradient_accumulator_tf import _keras
 from tests.oracle import mirrored
 
 
+@pytest.mark.fast
 def test_variable_key_knows_a_keras_variable_by_its_tensorflow_variable():
     optimizer, variable = keras.optimizers.SGD(), keras.Variable(0.0)
     assert _keras.variable_key(optimizer, variable) == _keras.variable_key(
@@ -15,6 +16,7 @@ def test_variable_key_knows_a_keras_variable_by_its_tensorflow_variable():
     )
 
 
+@pytest.mark.fast
 def test_the_strategy_that_an_optimizer_was_made_under():
     assert _keras.strategy_of(keras.optimizers.SGD()) is tf.distribute.get_strategy()
     strategy = mirrored()
@@ -23,6 +25,7 @@ def test_the_strategy_that_an_optimizer_was_made_under():
     assert _keras.strategy_of(optimizer) is strategy
 
 
+@pytest.mark.fast
 def test_gradients_over_replicas_are_summed_once():
     # Whoever comes first sums; then they are the same on all replicas, and stay as they are.
     strategy = mirrored()
@@ -42,6 +45,7 @@ def test_gradients_over_replicas_are_summed_once():
         assert [float(v) for v in strategy.experimental_local_results(value)] == [3.0, 3.0]
 
 
+@pytest.mark.fast
 def test_an_optimizer_rebuilt_for_other_variables():
     a, b, c = (keras.Variable(float(i), name=name) for i, name in enumerate("abc"))
     optimizer = keras.optimizers.SGD(1.0, momentum=0.5, use_ema=True, ema_momentum=0.5)

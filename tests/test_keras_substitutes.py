@@ -8,6 +8,7 @@ from gradient_accumulator_tf import _installation, _keras
 from tests.oracle import KERAS, mirrored, regression_data
 
 
+@pytest.mark.fast
 def test_replaced_losses_are_called_and_put_back():
     inputs = keras.Input((5,))
     model = keras.Model(inputs, [keras.layers.Dense(1)(inputs), keras.layers.Dense(1)(inputs)])
@@ -33,6 +34,7 @@ def test_replaced_losses_are_called_and_put_back():
     assert all(float(m.total) == 0.0 for m in metrics)
 
 
+@pytest.mark.fast
 def test_replaced_added_losses_are_those_of_add_loss_that_have_a_rank():
     class Adds(keras.layers.Layer):
         def call(self, x):
@@ -63,6 +65,7 @@ def test_replaced_added_losses_are_those_of_add_loss_that_have_a_rank():
     assert len(model.losses) == 1  # the regulariser
 
 
+@pytest.mark.fast
 def test_activity_regularizers_by_rank():
     """Where no supported Keras adds them up, what is before 3.14 can go."""
     layer = keras.layers.Dense(1, activity_regularizer=lambda v: 2.0 * v, kernel_initializer="ones")

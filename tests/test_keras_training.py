@@ -3,12 +3,14 @@
 import os
 
 import keras
+import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from tests.oracle import dense_model, regression_data
 
 
+@pytest.mark.fast
 def test_what_a_model_keeps_for_training_is_known():
     class Model(keras.Model):
         def call(self, x):
@@ -30,6 +32,7 @@ def test_what_a_model_keeps_for_training_is_known():
     assert {"optimizer", "_compile_loss", "_loss_tracker", "stop_training", "history"} <= kept
 
 
+@pytest.mark.fast
 def test_methods_of_training_are_those_that_a_layer_lacks():
     methods = _keras.trainer_methods()
     public = {"compile", "fit", "evaluate", "predict", "train_on_batch", "get_metrics_result"}
@@ -37,6 +40,7 @@ def test_methods_of_training_are_those_that_a_layer_lacks():
     assert not [name for name in methods if hasattr(keras.Layer, name)]
 
 
+@pytest.mark.fast
 def test_compute_loss_with_and_without_a_training_argument():
     class Old(keras.Model):
         def call(self, x):
@@ -50,6 +54,7 @@ def test_compute_loss_with_and_without_a_training_argument():
     assert float(_keras.compute_loss(model, None, None, None, None)) == 3.0
 
 
+@pytest.mark.fast
 def test_track_loss_is_what_train_step_does():
     x, y, _ = regression_data(12)
     model = dense_model()
@@ -60,6 +65,7 @@ def test_track_loss_is_what_train_step_does():
     assert model.get_metrics_result()["loss"] == logs
 
 
+@pytest.mark.fast
 def test_build_for_training_builds_model_losses_and_metrics():
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse", metrics=["mae"])

@@ -232,6 +232,7 @@ def test_a_rebuilt_model_is_of_the_same_kind(build):
     np.testing.assert_array_equal(predictions(model, images()), expected)
 
 
+@pytest.mark.fast
 def test_several_inputs_and_outputs_and_a_shared_layer():
     model = several_ends()
     accum = swap_batch_norm(model)
@@ -249,6 +250,7 @@ def test_a_nested_model_that_is_shared_stays_shared():
     assert accum.get_layer("innermost") is inner
 
 
+@pytest.mark.fast
 def test_a_subclassed_model_is_changed_in_place():
     model = subclassed()
     expected = predictions(model, images())
@@ -373,6 +375,7 @@ def test_a_changed_model_exports(tmp_path):
     np.testing.assert_allclose(served(x), model.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fast
 def test_arguments_are_carried_over():
     arguments = {
         "axis": 1,
@@ -431,6 +434,7 @@ def test_trainable_flags_are_kept(build):
     assert not swap_batch_norm(model, to="layer").trainable_weights
 
 
+@pytest.mark.fast
 def test_frozen_trains_with_its_moving_statistics():
     model = functional()
     frozen = swap_batch_norm(model, to="frozen")
@@ -570,6 +574,7 @@ class InPlaceBatchNorm(layers.Layer):
         return x
 
 
+@pytest.mark.fast
 def test_unknown_batch_norms_are_listed():
     inner = keras.Sequential([keras.Input((8, 8, 3)), OtherBatchNorm(name="a")], name="inner")
     parts = [inner, Whitening(name="b"), InPlaceBatchNorm(name="c"), layers.BatchNormalization()]
@@ -593,6 +598,7 @@ def test_renormalisation_is_listed():
         assert swap_batch_norm(model) is model
 
 
+@pytest.mark.fast
 def test_nothing_to_swap_back_is_said():
     model = functional()
     with pytest.warns(UserWarning, match="'functional' has no AccumBatchNorm"):

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import gradient_accumulator_tf
 
 PACKAGE = Path(gradient_accumulator_tf.__file__).parent
@@ -32,6 +34,7 @@ def imported_floors(source, package="gradient_accumulator_tf"):
             yield node.module.removeprefix(f"{package}.").split(".")[0]
 
 
+@pytest.mark.fast
 def test_every_module_imports_downwards_only():
     places = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.iterdir()}
     assert places - {"__init__", "__pycache__", "py.typed"} == set(FLOORS)
@@ -63,6 +66,7 @@ KERAS_FLOORS = [
 ]
 
 
+@pytest.mark.fast
 def test_modules_of_keras_import_each_other_downwards_only():
     folder, upwards = PACKAGE / "_keras", []
     places = {path.name.removesuffix(".py") for path in folder.iterdir()}
@@ -79,11 +83,13 @@ def test_modules_of_keras_import_each_other_downwards_only():
     assert not upwards
 
 
+@pytest.mark.fast
 def test_an_import_upwards_is_seen():
     source = "from gradient_accumulator_tf import _keras\n"
     source += "def f():\n    from gradient_accumulator_tf.models.twin import make_twin\n"
     assert list(imported_floors(source)) == ["_keras", "models"]
 
 
+@pytest.mark.fast
 def test_completion_offers_the_public_names_only():
     assert dir(gradient_accumulator_tf) == sorted(gradient_accumulator_tf.__all__)

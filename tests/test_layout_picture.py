@@ -31,6 +31,7 @@ def _package(folder, sources):
     return package
 
 
+@pytest.mark.fast
 def test_the_picture_shows_the_present_folders_and_imports(capsys):
     assert maker.main(["--check"]) == 0, capsys.readouterr().err
 
@@ -86,6 +87,7 @@ def test_draws_the_same_file_each_time(tmp_path):
     assert matplotlib.image.imread(tmp_path / "one.png").std() > 0
 
 
+@pytest.mark.fast
 def test_the_page_names_files_that_exist():
     page = (ROOT / "docs" / "design.md").read_text()
     # Paths are below the package, or below the root: `cycle/losses.py`, `tests/oracle.py`.

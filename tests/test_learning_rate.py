@@ -10,6 +10,7 @@ from tests.oracle import dense_model, difference, regression_data
 ADAM = keras.optimizers.Adam
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "rule, batch_size, accum_steps, expected",
     [
@@ -41,6 +42,7 @@ def test_a_schedule_stays_one_and_is_multiplied():
         assert float(scaled(step)) == pytest.approx(4 * float(decay(step)), rel=1e-6)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("rule, expected", [("linear", [1, 1, 4, 4]), ("sqrt", [1, 1, 2, 2])])
 def test_the_rate_follows_the_steps(rule, expected):
     scaled = scale_learning_rate(
@@ -81,6 +83,7 @@ def test_it_is_saved_with_the_optimizer(accum_steps):
     assert float(again(8)) == float(scaled(8)) != float(scaled(0))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "change, error, message",
     [

@@ -81,6 +81,7 @@ def test_an_open_cycle_is_in_the_file_if_no_further_one_is_to_come(make, tmp_pat
     assert difference(loaded.get_weights(), model.get_weights()) == 0.0
 
 
+@pytest.mark.fast
 def test_the_sums_of_further_denominators_are_in_the_file(tmp_path):
     model = made("accum_steps", masked)
     train(model, 0, 2)
@@ -92,6 +93,7 @@ def test_the_sums_of_further_denominators_are_in_the_file(tmp_path):
     assert len(loaded.optimizer.variables) == len(model.optimizer.variables)
 
 
+@pytest.mark.fast
 def test_what_was_dropped_is_in_the_file(tmp_path):
     model = made("optimizer", functional, non_finite="drop_micro_batch")
     x, y, _ = regression_data(MICRO)

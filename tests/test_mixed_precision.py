@@ -119,6 +119,7 @@ def test_a_thousand_micro_batches_of_a_model(wrapper, policy, replicas):
     assert float(tf.convert_to_tensor(kernel)[0, 0]) == float(once)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.parametrize("wrapper", ["optimizer", "micro_batch_size"])
 def test_the_mean_is_cast_once_and_not_on_its_way(wrapper, dtype):
@@ -143,6 +144,7 @@ def test_the_mean_is_cast_once_and_not_on_its_way(wrapper, dtype):
     assert float(value[0, 0]) == 2.0 - (1.0 + last)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_accumulators_are_float32_whatever_the_gradients_are(dtype):
     variables = [keras.Variable(tf.zeros(3), dtype=dtype), keras.Variable(tf.zeros(3))]

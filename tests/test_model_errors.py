@@ -15,6 +15,7 @@ def raises(error, *texts):
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(text) for text in texts))
 
 
+@pytest.mark.fast
 def test_exactly_one_mode_is_needed():
     with raises(ValueError, "Exactly one", "accum_steps=None, micro_batch_size=None"):
         GradientAccumulateModel(model=dense_model())
@@ -43,6 +44,7 @@ def test_integers_of_numpy_are_integers(mode):
     assert type(getattr(model, mode)) is int
 
 
+@pytest.mark.fast
 def test_a_model_comes_alone():
     model = dense_model()
     with raises(ValueError, "not both", "model=<Sequential"):
@@ -81,6 +83,7 @@ def test_a_model_with_a_training_method_of_its_own_is_not_wrapped(method):
         GradientAccumulateModel(model=own(), accum_steps=2)
 
 
+@pytest.mark.fast
 def test_a_model_is_not_wrapped_twice():
     model = GradientAccumulateModel(model=dense_model(), accum_steps=2)
     with raises(ValueError, "not wrapped twice", "accumulates by itself", "model.model"):
@@ -107,6 +110,7 @@ def test_a_model_or_inputs_are_given_once():
         GradientAccumulateModel(model, inputs=inputs, outputs=inputs, accum_steps=4)
 
 
+@pytest.mark.fast
 def test_an_unknown_argument_is_named():
     with raises(ValueError, "Received: acum_steps=4", "Did you mean accum_steps?", "outputs"):
         GradientAccumulateModel(dense_model(), acum_steps=4)
@@ -140,6 +144,7 @@ def test_what_is_set_later_is_checked_or_refused():
     assert model.micro_batch_size is None
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mode", MODES)
 def test_training_needs_an_optimizer(mode):
     model, _ = accumulating(mode, dense_model())
@@ -298,6 +303,7 @@ def test_training_needs_compile(mode):
     assert model.predict(x, verbose=0).shape == (12, 1)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_with_nothing_to_train_says_so(mode):
     model, batch_size = accumulating(mode, dense_model())

@@ -51,6 +51,7 @@ def no_warning():
         yield
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_fit_that_breaks_off_tells_what_is_held(wrapper, error):
@@ -86,6 +87,7 @@ def test_an_error_of_a_generator_tells_it_too():
         model.fit(batches(), steps_per_epoch=8, verbose=0, shuffle=False)
 
 
+@pytest.mark.fast
 def test_between_cycles_there_is_nothing_to_tell(no_warning):
     model = _compiled("optimizer", accum_steps=3)
     with pytest.raises(KeyboardInterrupt):
@@ -128,6 +130,7 @@ def test_compiled_with_the_same_optimizer_nothing_is_lost(no_warning):
     model.compile(_sgd(), "mse")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_weights_that_are_set_in_mid_cycle(wrapper):
     model = _compiled(wrapper)

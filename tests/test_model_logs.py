@@ -61,6 +61,7 @@ def classifier_data(examples):
     return x, targets, {"kind": weights, "value": weights**2}
 
 
+@pytest.mark.fast
 def test_within_a_step_every_log_is_the_large_batchs():
     x, y, weights = classifier_data(29)
     recorders = []
@@ -90,6 +91,7 @@ def test_within_a_step_every_log_is_the_large_batchs():
         assert list(mine.values()) == pytest.approx(list(expected.values()), rel=2e-6)
 
 
+@pytest.mark.fast
 def test_across_steps_an_epochs_logs_are_those_of_its_micro_batches():
     # The plain model that never updates sees the same weights in every micro-batch.
     x, y, weights = classifier_data(EFFECTIVE)
@@ -104,6 +106,7 @@ def test_across_steps_an_epochs_logs_are_those_of_its_micro_batches():
     )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("as_list", [False, True], ids=["callback", "callback list"])
 def test_callbacks_see_an_epochs_last_update(mode, as_list):
@@ -174,6 +177,7 @@ def counted_model():
     return keras.Sequential([*dense_model().layers, CountedCalls()])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mode", MODES)
 def test_fit_traces_once_for_all_epochs_and_sizes(mode):
     model, batch_size = accumulating(mode, counted_model())

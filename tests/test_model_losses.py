@@ -161,6 +161,7 @@ def test_batches_of_other_lengths_count_for_their_elements(reduction):
     assert difference(state_of(model.weights), state_of(plain.weights)) < TOLERANCE
 
 
+@pytest.mark.fast
 def test_outputs_may_have_different_denominators():
     def make_model():
         model = token_model()
@@ -216,6 +217,7 @@ def test_regularisers_count_once(reduction):
     )
 
 
+@pytest.mark.fast
 def test_regularisers_count_once_beside_masks():
     assert_trains_as_large_batch(
         lambda: token_model(regularizer=keras.regularizers.L2(0.1)),
@@ -227,6 +229,7 @@ def test_regularisers_count_once_beside_masks():
     )
 
 
+@pytest.mark.fast
 def test_losses_that_layers_add_count_for_the_examples():
     class Spread(keras.layers.Layer):
         def call(self, x):
@@ -275,6 +278,7 @@ def test_losses_of_ones_own_count_as_in_the_large_batch(make_loss):
     )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("takes_training", [False, True])
 def test_compute_loss_may_be_overridden(takes_training):
     def penalised(self, loss, y_pred):
@@ -320,6 +324,7 @@ def test_compute_loss_may_be_overridden(takes_training):
     assert difference(state_of(without.weights), state_of(plain.weights)) > 1e-3
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loss_that_is_not_reduced_is_refused(mode):
     model, batch_size = accumulating(mode, dense_model())

@@ -189,6 +189,7 @@ def test_sums_of_several_denominators_are_saved_in_mid_cycle(save_and_load, tmp_
     assert difference(state_of(loaded.weights), state_of(model.weights)) == 0.0
 
 
+@pytest.mark.fast
 def test_the_loss_scale_is_saved_beside_sums_of_several_denominators(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -287,6 +288,7 @@ def test_backup_and_restore_goes_on_after_an_interruption(mode, tmp_path):
     assert difference(results[1].get_weights(), results[0].get_weights()) == 0.0
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mode", MODES)
 def test_config_and_json_make_the_same_model(mode):
     model, _ = make(functional, mode)
@@ -303,6 +305,7 @@ def test_config_and_json_make_the_same_model(mode):
         np.testing.assert_array_equal(made(x), model(x))
 
 
+@pytest.mark.fast
 def test_a_compiled_file_keeps_the_optimizer_wrapped_once(tmp_path):
     model, _ = make(functional, "accum_steps")
     model.save(tmp_path / "model.keras")
@@ -312,6 +315,7 @@ def test_a_compiled_file_keeps_the_optimizer_wrapped_once(tmp_path):
     assert loaded.optimizer.accum_steps == EFFECTIVE // MICRO
 
 
+@pytest.mark.fast
 def test_the_wrapper_shows_the_model_in_it():
     plain = functional()
     model = GradientAccumulateModel(model=plain, accum_steps=2)

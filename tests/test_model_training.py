@@ -32,6 +32,7 @@ def column(*values):
     return np.array(values, "float32")[:, np.newaxis]
 
 
+@pytest.mark.fast
 def test_three_updates_across_steps_are_as_by_hand():
     # The loss is (w x)^2, its gradient 2 w x^2; an update takes half the mean gradient off w.
     model = one_weight(accum_steps=2)
@@ -56,6 +57,7 @@ def test_three_updates_across_steps_are_as_by_hand():
     assert float(model.weights[0][0, 0]) == pytest.approx(0.5)  # 1 - (2 * 0.5 + 1 * 2) / 3 / 2
 
 
+@pytest.mark.fast
 def test_three_updates_within_steps_are_as_by_hand():
     model = one_weight(micro_batch_size=2)
     weights = []

@@ -140,6 +140,7 @@ def test_where_all_is_finite_no_policy_changes_anything(mode, policy):
     assert history["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_checked_by_hand(value, graph):
@@ -177,6 +178,7 @@ def test_a_weight_that_is_not_finite_drops_its_micro_batch():
     assert (float(variable), int(optimizer.dropped_micro_steps)) == (-3.0, 1)
 
 
+@pytest.mark.fast
 def test_sums_that_overflow_though_their_parts_are_finite_drop_the_cycle():
     variable = keras.Variable(0.0)
     for policy, dropped in (("drop_micro_batch", 1), ("drop_cycle", 1)):
@@ -342,6 +344,7 @@ def test_the_loss_scale_grows_as_without_a_policy(mode):
     assert scales == [512.0] * 3
 
 
+@pytest.mark.fast
 def test_slices_are_dropped_and_their_rows_stay():
     table = keras.Variable(np.zeros((6, 2)))
     optimizer = GradientAccumulateOptimizer(

@@ -153,6 +153,7 @@ def test_an_overflow_drops_the_update_and_halves_the_scale_once(way):
     assert difference(large.get_weights(), dense_model().get_weights()) > 1e-2
 
 
+@pytest.mark.fast
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
 def test_a_loop_of_ones_own_with_weights_and_a_partial_cycle(eager):

@@ -9,6 +9,7 @@ from gradient_accumulator_tf import AdaptiveGradientClipping, GradientAccumulate
 from tests.oracle import dense_model, regression_data
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "value, error", [(0, ValueError), (-1, ValueError)] + [(v, TypeError) for v in (2.5, "4", True)]
 )
@@ -22,6 +23,7 @@ def test_accum_steps_none_is_told_like_any_other_value():
         GradientAccumulateOptimizer("adam", accum_steps=None)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "inner, message",
     [
@@ -93,6 +95,7 @@ def test_more_micro_batches_than_can_be_counted():
             refused()
 
 
+@pytest.mark.fast
 def test_what_it_shows_of_itself():
     assert repr(GradientAccumulateOptimizer("adam", 8)) == (
         "GradientAccumulateOptimizer(Adam, accum_steps=8)"
@@ -128,6 +131,7 @@ def test_an_unknown_name_is_keras_own_error():
         GradientAccumulateOptimizer("nonsense", 2)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["clipnorm", "weight_decay", "use_ema", "learning_rate"])
 def test_arguments_of_the_inner_optimizer_are_refused(name):
     with pytest.raises(ValueError, match=rf"Received: {name}=0.5\. Pass them to the inner"):
@@ -178,6 +182,7 @@ def test_set_weights_of_another_length():
         optimizer.set_weights([0.0])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("accum_steps", [1, 2])
 def test_a_gradient_has_the_shape_of_its_variable(accum_steps):
     variable = keras.Variable(np.ones((2, 3), "float32"), name="table")

@@ -103,6 +103,7 @@ def test_what_a_resumed_cycle_would_lose_without_its_state(undisturbed):
     assert difference(model.get_weights(), undisturbed) > 1e-4
 
 
+@pytest.mark.fast
 def test_two_optimizers_share_files_between_cycles(tmp_path):
     plain = dense_model()
     plain.compile(keras.optimizers.Adam(0.02), "mse")
@@ -122,6 +123,7 @@ def test_two_optimizers_share_files_between_cycles(tmp_path):
     assert int(plain.optimizer.iterations.numpy()) == 3
 
 
+@pytest.mark.fast
 def test_loading_a_file_of_complete_cycles_empties_the_accumulators(tmp_path):
     model = _compiled()
     _micro_steps(model, 0, 4)
@@ -147,6 +149,7 @@ def test_the_file_holds_the_inner_state_once(tmp_path):
     assert len(names) == len(model.optimizer.inner_optimizer.variables)
 
 
+@pytest.mark.fast
 def test_mid_cycle_under_a_loss_scale(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     try:

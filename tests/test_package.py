@@ -16,6 +16,7 @@ from gradient_accumulator_tf import _installation
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.fast
 def test_public_names_have_docstrings_and_are_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     for name in gradient_accumulator_tf.__all__:
@@ -39,6 +40,7 @@ def test_another_keras_backend_is_refused_with_the_remedy(backend):
     )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "package, version, message",
     [
@@ -56,6 +58,7 @@ def test_older_versions_are_refused(monkeypatch, package, version, message):
         check_installation()
 
 
+@pytest.mark.fast
 def test_the_metadata_has_the_supported_versions():
     metadata = configparser.ConfigParser()
     metadata.read(ROOT / "setup.cfg")

@@ -28,6 +28,7 @@ def _one_more(original, value, **kwargs):
     return original(value, **kwargs) + 1
 
 
+@pytest.mark.fast
 def test_a_function_is_replaced_once():
     owner = _owner()
     original = owner.double
@@ -45,6 +46,7 @@ def test_the_last_replacement_counts():
     assert owner.double(1) == 102
 
 
+@pytest.mark.fast
 def test_what_others_put_around_a_replacement_stays():
     owner = _owner()
     replace_function(owner, "double", _one_more)
@@ -125,6 +127,7 @@ def test_a_model_that_is_hooked_into_twice_warns_once():
     assert len(warned) == 1
 
 
+@pytest.mark.fast
 def test_a_loss_scale_that_is_routed_twice_acts_once_per_update():
     _patch()
     variable = keras.Variable(1.0)

@@ -121,6 +121,7 @@ def test_masked_tokens_are_counted_over_replicas(kind, strategy):
     assert difference(model.get_weights(), large.get_weights()) < 2e-6
 
 
+@pytest.mark.fast
 def test_custom_loop_with_weights(strategy):
     x, y, _ = regression_data(96)
     large, _ = _plain(OPTIMIZERS["adam"], "mse", {"x": x, "y": y}, epochs=1)
@@ -144,6 +145,7 @@ def test_custom_loop_with_weights(strategy):
     assert difference(model.get_weights(), large.get_weights()) < 1e-6
 
 
+@pytest.mark.fast
 def test_flush_outside_the_scope(strategy):
     x, y, _ = regression_data(24)
     large = dense_model()

@@ -65,6 +65,7 @@ def test_a_nan_on_one_replica_reaches_all_or_none(kind):
             assert np.all(np.isnan(value.numpy()))
 
 
+@pytest.mark.fast
 def test_nothing_is_applied_before_the_cycle_has_ended_on_all_replicas():
     x, y, _ = regression_data(LARGE - MICRO)
     y[7] = np.nan
@@ -147,6 +148,7 @@ def test_layers_that_synchronise_are_refused_also_if_they_come_with_the_data():
         model.fit(x, y, verbose=0)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "make",
     [
@@ -175,6 +177,7 @@ def test_parameter_servers_are_told_from_other_strategies():
     assert not _keras.is_parameter_server(tf.distribute.get_strategy())
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_optimizer_made_outside_the_scope_is_refused(kind):
     optimizer = keras.optimizers.Adam()

@@ -77,6 +77,7 @@ class Interrupted(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("wrapper", ["optimizer", "model"])
 def test_random_layers_go_on_with_their_numbers(wrapper, tmp_path):
     x, y, _ = regression_data(80)

@@ -136,6 +136,7 @@ def test_set_to_one_in_mid_cycle_the_cycle_is_not_lost(form, built, tmp_path):
     assert _weight(loaded) == pytest.approx(-7.0)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("form", [keras_file, checkpoint])
 def test_of_a_model_wrapper_too(form, tmp_path):
     def make(accum_steps):
@@ -183,6 +184,7 @@ def test_without_sums_none_are_loaded(form, built, tmp_path):
     assert _weight(loaded) == pytest.approx(_by_hand([[g] for g in GRADIENTS[:4]]), abs=1e-5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("form", FORMATS[1:])
 def test_a_file_without_a_cycle_ends_the_one_at_hand(form, tmp_path):
     model = _model(1, momentum=0.0)
@@ -285,6 +287,7 @@ def test_on_replicas(replicas, tmp_path):
     assert updates_of(loaded.optimizer) == 2
 
 
+@pytest.mark.fast
 def test_an_asynchronous_checkpoint(tmp_path):
     model = _model(3, momentum=0.0)
     _micro_steps(model, GRADIENTS[:2])
@@ -298,6 +301,7 @@ def test_an_asynchronous_checkpoint(tmp_path):
     assert _weight(new) == pytest.approx(-3.0)
 
 
+@pytest.mark.fast
 def test_backups_within_fits(tmp_path):
     # The whole of it: a fit that is interrupted in an epoch, and one that goes on with another 5.
     class Interrupt(keras.callbacks.Callback):

@@ -8,6 +8,7 @@ from gradient_accumulator_tf.replicated.scoped import ScopedValue
 from gradient_accumulator_tf.replicated.side_effects import held_back, perform
 
 
+@pytest.mark.fast
 def test_blocks_nest_and_an_error_ends_them():
     scoped = ScopedValue("default")
     with pytest.raises(ZeroDivisionError), scoped.set_to("outer") as value:
@@ -25,6 +26,7 @@ def test_two_values_are_apart():
         assert (one.value, two.value) == (3, 2)
 
 
+@pytest.mark.fast
 def test_threads_that_take_turns_see_their_own_value():
     scoped, seen, turns = ScopedValue(0), [], threading.Barrier(2, timeout=10)
 

@@ -14,6 +14,7 @@ class Owner:
         self.own = "own"
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name, original", [("own", "own"), ("of_class", "class")])
 def test_nested_blocks_replace_once_and_restore_last(name, original):
     substitutions, owner = Substitutions(), Owner()
@@ -52,6 +53,7 @@ def test_attributes_and_objects_are_apart():
         assert (one.own, two.own) == (1, "own")
 
 
+@pytest.mark.fast
 def test_interleaved_threads_keep_it_until_both_left():
     substitutions, owner, seen = Substitutions(), Owner(), []
     second_is_in, first_is_out = threading.Event(), threading.Event()

@@ -119,6 +119,7 @@ def test_what_the_order_is_for(how):
     assert (peak > VARIABLES * 2 * SIZE) == (how == "alone"), peak / SIZE / 4
 
 
+@pytest.mark.fast
 def test_the_optimizer_is_left_as_it_was():
     inner = keras.optimizers.SGD()
     multi = keras.optimizers.SGD()

@@ -64,6 +64,7 @@ def _model(counting):
     return keras.Sequential([keras.Input((3,)), counting, keras.layers.Dense(2)])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -18,6 +18,7 @@ def _apply(optimizer, variable, gradient, weight=None):
     optimizer.apply([tf.constant(gradient, variable.dtype)], [variable], weight=weight)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("accum_steps", [1, 2])
 @pytest.mark.parametrize("zero", [0, tf.constant(0.0), np.int64(0), False])
 def test_a_cycle_of_weight_zero_is_an_update_with_gradients_of_zero(accum_steps, zero):
@@ -127,6 +128,7 @@ def test_bad_weights(weight, error, message, accum_steps):
     assert float(variable) == 0.0
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("accum_steps", [1, 2])
 @pytest.mark.parametrize("weight", [-1.0, np.nan, 1e30])
 def test_bad_weights_that_only_the_graph_knows(weight, accum_steps):
@@ -161,6 +163,7 @@ def test_integer_variables_take_the_mean(accum_steps, jit_compile):
     assert int(variable) == {1: -1, 2: -2, 49: -2}[accum_steps]
 
 
+@pytest.mark.fast
 def test_integer_variables_take_the_sum():
     for accum_steps in (1, 2):
         variable = keras.Variable(0, dtype="int32", trainable=True)

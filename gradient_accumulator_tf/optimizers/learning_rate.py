@@ -85,14 +85,16 @@ def scale_learning_rate(
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
 class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
-    """What `scale_learning_rate` returns for schedules; see there.
+    """A schedule of the learning rate, scaled to another batch size.
+
+    `scale_learning_rate` returns it for a schedule.
 
     Args:
-        learning_rate: As for `scale_learning_rate`, and so are the others.
-        batch_size: See there.
-        base_batch_size: See there.
-        accum_steps: See there.
-        rule: See there.
+        learning_rate: Number or schedule that was found at `base_batch_size`.
+        batch_size: Integer >= 1, examples in a batch of `fit`.
+        base_batch_size: Integer >= 1, examples per update that the learning rate was found at.
+        accum_steps: Integer >= 1, batches per update, or a schedule of it.
+        rule: "linear" or "sqrt".
     """
 
     def __init__(
