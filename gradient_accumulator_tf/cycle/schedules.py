@@ -35,10 +35,10 @@ class AccumStepsSchedule:
         def __init__(self, every):
             self.every = every
 
-        def __call__(self, update: Any) -> Any:
+        def __call__(self, update):
             return 2 ** keras.ops.minimum(update // self.every, 5)
 
-        def get_config(self) -> dict[str, Any]:
+        def get_config(self):
             return {"every": self.every}
 
     optimizer = GradientAccumulateOptimizer("adam", accum_steps=Doubling(every=1000))
