@@ -206,7 +206,7 @@ def _assert_same(trained, expected, tolerance=1e-9):
 @pytest.mark.parametrize(
     "make_model, optimizer",
     [(make_model, "adam") for make_model in MODELS]
-    + [(conv_net, "sgd"), (residual_net, "sgd"), (residual_net, "clipping_and_average")],
+    + [(small, "sgd"), (small, "clipping_and_average")],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_training_is_that_of_the_large_batch(float64, make_model, optimizer):
@@ -281,13 +281,14 @@ def test_float32_is_as_near_as_another_order_of_the_examples():
     assert difference(exact, expected) < 3 * difference(control, expected)
 
 
-def test_sample_weights_and_losses_with_other_denominators(float64, graph_or_jit):
+@pytest.mark.fast
+def test_sample_weights_and_losses_with_other_denominators(float64):
     x, y = _images()
     weights = np.random.default_rng(5).uniform(0.1, 3.0, len(x))
     for reduction in ("sum_over_batch_size", "mean_with_sample_weight", "sum"):
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
         trained = [
-            _train(model, (x, y, weights), "slow_sgd", loss=loss, metrics=[], **graph_or_jit)
+            _train(model, (x, y, weights), "slow_sgd", loss=loss, metrics=[])
             for model in (_made(small), _exact(_made(small)))
         ]
         _assert_same(*trained[::-1])
@@ -305,7 +306,7 @@ def two_inputs_and_outputs():
     )
 
 
-def test_several_inputs_and_outputs(float64, graph_or_jit):
+def test_several_inputs_and_outputs(float64):
     x, y = _images()
     numbers = np.random.default_rng(3).normal(size=(len(x), 5))
     inputs = {"images": x, "numbers": numbers}
@@ -316,7 +317,6 @@ def test_several_inputs_and_outputs(float64, graph_or_jit):
         model.compile(
             keras.optimizers.Adam(0.01),
             loss={"early": "sparse_categorical_crossentropy", "late": {"value": "mse"}},
-            **graph_or_jit,
         )
         history = model.fit(
             inputs, targets, batch_size=LARGE, epochs=2, shuffle=False, verbose=0
@@ -370,7 +370,7 @@ def test_with_other_draws_training_is_another(float64):
     assert difference(other, expected) > 1e-3
 
 
-def test_dropout_goes_on_where_it_ended(graph_or_jit):
+def test_dropout_goes_on_where_it_ended():
     def dropping():
         inputs = keras.Input((8, 8, 3))
         x = layers.Dropout(0.3, seed=1)(layers.Flatten()(inputs))
@@ -378,7 +378,7 @@ def test_dropout_goes_on_where_it_ended(graph_or_jit):
         return keras.Model(inputs, layers.Dense(4)(x))
 
     model = _exact(_made(dropping))
-    _train(model, **graph_or_jit)
+    _train(model)
     states = [
         layer.seed_generator.state.numpy()[1]
         for layer in model.layers
@@ -388,12 +388,8 @@ def test_dropout_goes_on_where_it_ended(graph_or_jit):
     assert states == [28, 28]
 
 
-@pytest.mark.parametrize(
-    "policy, how",
-    [("mixed_float16", "graph"), ("mixed_bfloat16", "graph"), ("mixed_float16", "jit")],
-)
-def test_mixed_precision(policy, how):
-    execution = EXECUTIONS[how]
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy):
     keras.config.set_dtype_policy(policy)
     try:
         models = [
@@ -403,7 +399,7 @@ def test_mixed_precision(policy, how):
         ]
     finally:
         keras.config.set_dtype_policy("float32")
-    large, exact, micro = (_train(model, **execution)[1] for model in models)
+    large, exact, micro = (_train(model)[1] for model in models)
     # A micro-batch's gradient is rounded to sixteen bits before it is summed.
     # Those of bfloat16 are eight times as coarse as float16's.
     assert difference(exact, large) < (0.03 if policy == "mixed_bfloat16" else 0.02)
