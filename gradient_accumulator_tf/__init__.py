@@ -11,6 +11,11 @@ from gradient_accumulator_tf.cycle.schedules import (  # noqa: E402
     PiecewiseConstantSteps,
 )
 from gradient_accumulator_tf.equivalence.check import check_equivalence  # noqa: E402
+from gradient_accumulator_tf.equivalence.report import (  # noqa: E402
+    Cause,
+    EquivalenceReport,
+    VariableDifference,
+)
 from gradient_accumulator_tf.gradient_checkpointing import GradientCheckpoint  # noqa: E402
 from gradient_accumulator_tf.models.accumulate import GradientAccumulateModel  # noqa: E402
 from gradient_accumulator_tf.models.backup import AtomicBackupAndRestore  # noqa: E402
@@ -28,12 +33,15 @@ __all__ = [
     "AccumStepsSchedule",
     "AdaptiveGradientClipping",
     "AtomicBackupAndRestore",
+    "Cause",
+    "EquivalenceReport",
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "GradientCheckpoint",
     "PiecewiseConstantSteps",
     "ScaledLearningRate",
     "ThroughputLogger",
+    "VariableDifference",
     "__version__",
     "check_equivalence",
     "scale_learning_rate",

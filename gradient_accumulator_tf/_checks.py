@@ -3,6 +3,10 @@
 import difflib
 import math
 import numbers
+import operator
+from typing import Any, Generic, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 # What an int64 variable counts to.
 LARGEST_INT = 2**63 - 1
@@ -80,3 +84,32 @@ def refuse_arguments(owner, arguments, instead):
     if arguments:
         received = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ValueError(f"{owner} does not take these arguments. Received: {received}. {instead}")
+
+
+class FixedAttribute(Generic[T]):
+    """An attribute that can be read, and whose setting is refused with what to do instead.
+
+    Args:
+        kept_in: The attribute that keeps the value; may have dots.
+        doc: The docstring.
+        instead: A sentence for the message; `{name}` and `{value!r}` in it are filled in.
+    """
+
+    def __init__(self, kept_in: str, doc: str, instead: str) -> None:
+        self._get = operator.attrgetter(kept_in)
+        self._instead = instead
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        of_class: Any = self
+        return of_class if instance is None else self._get(instance)
+
+    def __set__(self, instance: Any, value: NoReturn) -> NoReturn:
+        name = self._name
+        raise AttributeError(
+            f"`{name}` is given to the constructor, and cannot be set. Received: {name}={value!r}, "
+            f"in place of {self._get(instance)!r}. {self._instead.format(name=name, value=value)}"
+        )

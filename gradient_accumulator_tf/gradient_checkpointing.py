@@ -1,10 +1,19 @@
 """GradientCheckpoint: a block of a model whose activations are computed twice and not kept."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.replicated.side_effects import held_back, perform
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from gradient_accumulator_tf._arguments import LayerArguments
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
@@ -65,7 +74,7 @@ class GradientCheckpoint(keras.layers.Wrapper):
     ```
     """
 
-    def __init__(self, layer, **kwargs):
+    def __init__(self, layer: keras.Layer, **kwargs: Unpack[LayerArguments]) -> None:
         if not isinstance(layer, keras.Layer):
             raise ValueError(
                 "`layer` must be a Keras layer or model. "
@@ -79,7 +88,7 @@ class GradientCheckpoint(keras.layers.Wrapper):
         _keras.adopt_call_arguments(self, layer)
         self._built_inside = False
 
-    def build(self, *args, **kwargs):
+    def build(self, *args: Any, **kwargs: Any) -> None:
         """Builds the layer from the shapes that its own `build` takes.
 
         Keras calls it without any, and the layer is then built by its first call.
@@ -87,7 +96,7 @@ class GradientCheckpoint(keras.layers.Wrapper):
         if (args or kwargs) and not self.layer.built:
             self.layer.build(*args, **kwargs)
 
-    def call(self, *args, training=None, **kwargs):
+    def call(self, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
         """The block's outputs; its activations are not kept.
 
         Args:
@@ -134,16 +143,16 @@ class GradientCheckpoint(keras.layers.Wrapper):
             self.add_loss(loss)
         return outputs
 
-    def compute_output_spec(self, *args, **kwargs):
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's outputs for symbolic inputs."""
         args, kwargs = keras.tree.map_structure(_keras.outside_graph, (args, kwargs))
         return keras.tree.map_structure(_keras.outside_graph, self.layer(*args, **kwargs))
 
-    def compute_mask(self, inputs, previous_mask):
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         """None, as outputs carry the block's own masks."""
         return None
 
-    def compute_output_shape(self, *args, **kwargs):
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output shape, from the shapes that its own method takes."""
         return self.layer.compute_output_shape(*args, **kwargs)
 

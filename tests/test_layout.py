@@ -12,6 +12,7 @@ PACKAGE = Path(gradient_accumulator_tf.__file__).parent
 FLOORS = [
     "_installation",
     "_checks",
+    "_arguments",
     "_keras",
     "replicated",
     "cycle",

@@ -61,6 +61,7 @@ from gradient_accumulator_tf._keras.patches import (
 )
 from gradient_accumulator_tf._keras.substitutes import (
     activity_regularizers_by_rank,
+    recorded_vectors,
     replaced_added_losses,
     replaced_losses,
     replicas_agree,
@@ -114,6 +115,7 @@ __all__ = [
     "packed_outputs",
     "per_output_loss_metrics",
     "rebuilt_optimizer",
+    "recorded_vectors",
     "replace_layers",
     "replaced_added_losses",
     "replaced_losses",

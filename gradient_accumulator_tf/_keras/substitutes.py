@@ -143,3 +143,37 @@ def _overwrite_with_average(optimizer, variables):
     for variable, average in zip(variables, averages, strict=True):
         if average is not None:
             assign_on_replica(variable, replica_local(average.value))
+
+
+@contextlib.contextmanager
+def recorded_vectors():
+    """Yields a list of the shapes, as text, of what tapes differentiate that is not a scalar.
+
+    A change of `tf.GradientTape.gradient` itself, since the tape is made in a `train_step` that
+    belongs to the user, and no other public place sees the target of a gradient (TensorFlow 2.16
+    to 2.21). It takes effect within this context only, in which `check_equivalence` traces a copy
+    of a model, and changes no gradient. It can go when a tape tells what it differentiates.
+
+    Noted are gradients by variables, since a gradient by inputs is meant for each example; and
+    without `output_gradients`, since those reduce the target.
+    """
+    original, shapes = tf.GradientTape.gradient, []
+
+    @functools.wraps(original)
+    def gradient(tape, target, sources, output_gradients=None, *args, **kwargs):
+        flat = tf.nest.flatten(sources)
+        if output_gradients is None and any(
+            isinstance(v, tf.Variable | keras.Variable) for v in flat
+        ):
+            shapes.extend(
+                str(t.shape)
+                for t in tf.nest.flatten(target)
+                if tf.is_tensor(t) and t.shape.rank != 0
+            )
+        return original(tape, target, sources, output_gradients, *args, **kwargs)
+
+    tf.GradientTape.gradient = gradient
+    try:
+        yield shapes
+    finally:
+        tf.GradientTape.gradient = original

@@ -1,6 +1,8 @@
 """AccumBatchNorm: batch normalisation whose moving statistics are those of the effective batch."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
@@ -20,6 +22,11 @@ from gradient_accumulator_tf.replicated.conditionals import run_on_replicas_if
 from gradient_accumulator_tf.replicated.replicas import sum_over_replicas
 from gradient_accumulator_tf.replicated.side_effects import perform
 from gradient_accumulator_tf.replicated.variables import sum_variable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from gradient_accumulator_tf._arguments import BatchNormArguments
 
 
 def check_calls(accum_steps):
@@ -137,7 +144,7 @@ class AccumBatchNorm(keras.layers.BatchNormalization):
           sample variances.
     """
 
-    def __init__(self, accum_steps: int = 1, **kwargs: Any) -> None:
+    def __init__(self, accum_steps: int = 1, **kwargs: Unpack[BatchNormArguments]) -> None:
         accum_steps = check_calls(accum_steps)
         if kwargs.get("renorm"):
             raise ValueError(
@@ -147,14 +154,14 @@ class AccumBatchNorm(keras.layers.BatchNormalization):
             )
         super().__init__(**kwargs)
         self.accum_steps = accum_steps
-        self._pool = None
+        self._pool: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         """Creates Keras's weights, and the sums of a cycle."""
         super().build(input_shape)
         self._pool = _Pool(input_shape[self.axis])
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalises the inputs; in training by the micro-batch's mean and variance.
 
         Args:
@@ -191,7 +198,7 @@ class AccumBatchNorm(keras.layers.BatchNormalization):
                 lambda run: run(self.end_cycle),
             )
 
-    def end_cycle(self):
+    def end_cycle(self) -> None:
         """Updates the moving statistics with the cycle's, if it has any; called on a replica."""
         count, *moments = self._pool.moments()
         moving = []
@@ -201,25 +208,25 @@ class AccumBatchNorm(keras.layers.BatchNormalization):
             _keras.assign_on_replica(variable, moving[-1])
         self._pool.reset(shift=moving[0])
 
-    def reset(self):
+    def reset(self) -> None:
         """Drops what a partial cycle holds."""
         if self._pool is not None:
             self._pool.reset()
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Writes Keras's weights and, in mid-cycle, the cycle's sums."""
         super().save_own_variables(store)
         if self._pool is not None and int(self._pool.micro_step.numpy()):
             for name, variable in self._pool.state.items():
                 store[name] = variable.numpy()
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Reads the weights of this layer or of Keras's, and the cycle's sums if there are any."""
         weights = {name: store[name] for name in store.keys() if not name.startswith("pool.")}
         super().load_own_variables(weights)
         for name, variable in self._pool.state.items():
             variable.assign(store[name] if name in store.keys() else tf.zeros_like(variable))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Config of Keras's layer and `accum_steps`."""
         return {**super().get_config(), "accum_steps": self.accum_steps}

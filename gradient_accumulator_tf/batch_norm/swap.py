@@ -1,8 +1,12 @@
 """swap_batch_norm: another normalisation in place of a model's batch normalisation."""
 
+from __future__ import annotations
+
 import inspect
 import itertools
 import warnings
+from collections.abc import Callable
+from typing import Literal, TypeVar, get_args
 
 import keras
 
@@ -12,11 +16,17 @@ from gradient_accumulator_tf._keras.model_copies import as_uncompiled, copy_laye
 from gradient_accumulator_tf.batch_norm.kinds import is_known_batch_norm, is_like_batch_norm
 from gradient_accumulator_tf.batch_norm.layer import AccumBatchNorm, check_calls
 
-_TARGETS = ("accum", "group", "layer", "instance", "frozen", "batch")
+Target = Literal["accum", "group", "layer", "instance", "frozen", "batch"]
+_TARGETS = get_args(Target)
+_Model = TypeVar("_Model", bound=keras.Model)
 _STATE = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
-def swap_batch_norm(model, to="accum", accum_steps=None):
+def swap_batch_norm(
+    model: _Model,
+    to: Target | Callable[[keras.layers.BatchNormalization], Target | keras.Layer | None] = "accum",
+    accum_steps: int | None = None,
+) -> _Model:
     """Puts another normalisation in place of each `BatchNormalization` in a model.
 
     ```python

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import operation_name
-from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
+from gradient_accumulator_tf.replicated.replicas import on_average_replica, sum_over_replicas
 
 PARTS = ("x", "y", "sample_weight")
 
@@ -142,7 +142,7 @@ class Batch:
         if all(weight is None or whole is False for weight, whole in pairs):
             return None
         times = tf.cast(-(-self.examples // micro_batch_size), tf.float64)
-        times = sum_over_replicas(times) / number_of_replicas()
+        times = on_average_replica(sum_over_replicas(times))
         return tf.nest.map_structure(lambda whole: tf.where(whole, times, 1.0), flags)
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import check_choice
 from gradient_accumulator_tf.replicated.conditionals import across_replicas, run_if
-from gradient_accumulator_tf.replicated.replicas import number_of_replicas
+from gradient_accumulator_tf.replicated.replicas import on_average_replica
 from gradient_accumulator_tf.replicated.variables import counter
 
 
@@ -135,7 +135,7 @@ class DropMicroBatch(DropCycle):
         def kept(contribution):
             weight = contribution.weight
             if weight is None and contribution.averaged:
-                weight = 1 / number_of_replicas()  # what None stands for
+                weight = on_average_replica(1.0)  # what None stands for
             weight = None if weight is None else tf.cast(weight, tf.float64)
             gradients = [zero_unless(keep, g) for g in contribution.gradients]
             return contribution._replace(gradients=gradients, weight=zero_unless(keep, weight))

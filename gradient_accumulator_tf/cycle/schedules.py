@@ -1,13 +1,18 @@
 """How many micro-batches an update takes, as a function of the update."""
 
+from __future__ import annotations
+
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf._checks import LARGEST_INT, check_steps
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # What the argument `accum_steps` takes, for type checkers.
 AccumSteps = int | Mapping[int, int] | Callable[[Any], Any]
@@ -30,17 +35,17 @@ class AccumStepsSchedule:
         def __init__(self, every):
             self.every = every
 
-        def __call__(self, update):
+        def __call__(self, update: Any) -> Any:
             return 2 ** keras.ops.minimum(update // self.every, 5)
 
-        def get_config(self):
+        def get_config(self) -> dict[str, Any]:
             return {"every": self.every}
 
     optimizer = GradientAccumulateOptimizer("adam", accum_steps=Doubling(every=1000))
     ```
     """
 
-    def __call__(self, update):
+    def __call__(self, update: Any) -> Any:
         """Micro-batches that an update takes.
 
         Args:
@@ -54,7 +59,7 @@ class AccumStepsSchedule:
             "micro-batches that an update takes."
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Keyword arguments of the constructor."""
         raise NotImplementedError(
             f"{type(self).__name__} must define `get_config(self)` to be saved: a dict of its "
@@ -62,7 +67,7 @@ class AccumStepsSchedule:
         )
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The reverse of `get_config`."""
         return cls(**config)
 
@@ -87,23 +92,24 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
         ValueError: If an update is negative, a number of steps < 1, or update 0 missing.
     """
 
-    def __init__(self, steps):
+    def __init__(self, steps: Mapping[int, int]) -> None:
         rule = (
             "`accum_steps` as a dict must map the first update (integer >= 0) of each phase to its "
             "steps (integer >= 1)"
         )
-        pairs = isinstance(steps, (list, tuple)) and all(
-            isinstance(phase, (list, tuple)) and len(phase) == 2 for phase in steps
+        # Pairs, as in the config, since JSON has no integers for keys.
+        phases: Any = steps
+        pairs = isinstance(phases, (list, tuple)) and all(
+            isinstance(phase, (list, tuple)) and len(phase) == 2 for phase in phases
         )
         if pairs:
-            updates = [phase[0] for phase in steps]
+            updates = [phase[0] for phase in phases]
             if any(updates.count(update) > 1 for update in updates):
                 raise ValueError(
                     f"{rule}, each update once. Received: {steps!r}. Pass for example "
                     "{0: 1, 1000: 8}."
                 )
-            # As in the config, since JSON has no integers for keys.
-            steps = {_hashable(update): number for update, number in steps}
+            steps = {_hashable(update): number for update, number in phases}
         if not isinstance(steps, Mapping):
             raise TypeError(f"{rule}. Received: {steps!r}. Pass for example {{0: 1, 1000: 8}}.")
         for update in steps:
@@ -126,16 +132,16 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
             for update in sorted(steps)
         }
 
-    def __call__(self, update):
+    def __call__(self, update: Any) -> Any:
         """Steps of the phase that an update is in; see the base class."""
         begun = tf.cast(update, tf.int64) >= tf.constant(list(self.steps), tf.int64)
         phase = tf.reduce_sum(tf.cast(begun, tf.int32)) - 1
         return tf.gather(tf.constant(list(self.steps.values()), tf.int64), phase)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"PiecewiseConstantSteps({self.steps})"
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The phases, as pairs."""
         return {"steps": [list(phase) for phase in self.steps.items()]}
 

@@ -1,106 +1,31 @@
 """check_equivalence: does a model that accumulates train as on the large batch, and if not, why?"""
 
-import contextlib
-import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
 from gradient_accumulator_tf._checks import check_number, check_positive_int
-from gradient_accumulator_tf.equivalence.causes import (
-    Evidence,
-    causes_of,
-    random_layers,
-    recorded_vectors,
-    reduced_by_themselves,
-)
-from gradient_accumulator_tf.equivalence.data import effective_batches, rows
+from gradient_accumulator_tf.equivalence.causes import causes_of
+from gradient_accumulator_tf.equivalence.data import effective_batches
+from gradient_accumulator_tf.equivalence.report import EquivalenceReport
+from gradient_accumulator_tf.equivalence.trials import Trials
 from gradient_accumulator_tf.equivalence.ways import Way, check_model
-
-SHOWN = 12  # rows of the table
-REORDERED = 3  # how much further than the reordered batch a variable may be
-BY_ORDER = 0.1  # of the movement: what is further off in another order is not by rounding
-
-
-class VariableDifference(NamedTuple):
-    """How far one variable is from the large batch's; L2 norms.
-
-    Attributes:
-        path: The variable's `path`.
-        movement: What the large batch moved it by.
-        difference: Between the large batch's and the accumulated value.
-        reordered: Between the large batch's, and its own with its examples in another order: what
-            rounding alone does.
-        within: Whether the difference is within the tolerance.
-    """
-
-    path: str
-    movement: float
-    difference: float
-    reordered: float
-    within: bool
-
-    @property
-    def relative(self):
-        """`difference / movement`; 0 for a variable that nothing moved."""
-        return _quotient(self.difference, self.movement)
-
-
-class EquivalenceReport(NamedTuple):
-    """What `check_equivalence` found; its `str` is the table.
-
-    Attributes:
-        equivalent: Whether every variable is within the tolerance.
-        variables: Tuple of a `VariableDifference` for each weight of the model.
-        causes: Tuple of what was found, each a `Cause`; empty if equivalent.
-        setting: What was compared, in words.
-    """
-
-    equivalent: bool
-    variables: tuple
-    causes: tuple
-    setting: str
-
-    def __str__(self):
-        worst = sorted(self.variables, key=lambda v: v.relative, reverse=True)
-        rows = [("variable", "movement", "difference", "relative", "reordered", "")]
-        for v in worst[:SHOWN]:
-            reordered = _quotient(v.reordered, v.movement)
-            numbers = (v.movement, v.difference, v.relative, reordered)
-            rows.append((v.path, *(f"{n:.1e}" for n in numbers), "" if v.within else "differs"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [self.setting, ""]
-        for path, *cells in rows:
-            cells = [c.rjust(width) for c, width in zip(cells, widths[1:], strict=True)]
-            lines.append("  ".join([path.ljust(widths[0]), *cells]).rstrip())
-        if len(worst) > SHOWN:
-            lines.append(f"... and {len(worst) - SHOWN} more that differ less")
-        far = sum(not v.within for v in self.variables)
-        if self.equivalent:
-            lines += ["", "Equivalent: every variable is where the large batch takes it."]
-        else:
-            lines += ["", f"Not equivalent: {far} of {len(worst)} variables differ. Found:"]
-        for cause in self.causes:
-            where = ", ".join(cause.where[:5]) + (", ..." if len(cause.where) > 5 else "")
-            lines.append(f"- {cause.kind}{' (' + where + ')' if where else ''}: {cause.advice}")
-        return "\n".join(lines)
 
 
 def check_equivalence(
-    model,
-    x,
-    y=None,
+    model: keras.Model | Callable[[], keras.Model],
+    x: Any,
+    y: Any = None,
     *,
-    micro_batch_size=None,
-    accum_steps=None,
-    sample_weight=None,
-    batch_size=None,
-    updates=3,
-    tolerance=1e-3,
-    verbose=1,
-):
+    micro_batch_size: int | None = None,
+    accum_steps: int | None = None,
+    sample_weight: Any = None,
+    batch_size: int | None = None,
+    updates: int = 3,
+    tolerance: float = 1e-3,
+    verbose: int = 1,
+) -> EquivalenceReport:
     """Trains copies of a compiled model on large batches and accumulated, and compares them.
 
     Three copies start from the model's weights, optimizer state and random states: one makes
@@ -173,127 +98,11 @@ def check_equivalence(
     tolerance = check_number("tolerance", tolerance)
     way = Way(model, make, micro_batch_size, accum_steps)
     data, order = effective_batches(x, y, sample_weight, batch_size, updates)
-    size = order.shape[1]
-    micro_batch = way.batch_size(size)
-    one, weights = rows(data, slice(0, 1))[0], model.weights
-    first = [v.numpy() for v in weights]
-
-    def trained(copy, order, batch_size, tells_warnings=False, **fit):
-        x, y, sample_weight = rows(data, order.ravel())
-        fit = {"batch_size": batch_size, "shuffle": False, "verbose": 0, **fit}
-        with _quietly(tells_warnings):
-            copy.model.fit(x, y, sample_weight=sample_weight, **fit)
-        return copy
-
-    large = way.large(one)
-    start, updates_before = large.state(), large.updates()
-    trained(large, order, size)
-    accumulated = trained(way.accumulated(one), order, micro_batch, tells_warnings=True)
-    other = trained(way.large(one), np.random.default_rng(0).permuted(order, axis=1), size)
-    end, reordered = large.values_of(weights), other.values_of(weights)
-    random, by_order = random_layers(model, large.moved()), _depend_on_order(first, end, reordered)
-    # What another order changes is more than rounding, or random layers draw for other examples.
-    factor = 0 if random or by_order else REORDERED
-
-    def differences(copy):
-        paths, values = [v.path for v in weights], copy.values_of(weights)
-        return tuple(
-            _difference(*each, tolerance, factor)
-            for each in zip(paths, first, end, values, reordered, strict=True)
-        )
-
-    def is_equivalent(copy):
-        return all(v.within for v in differences(copy))
-
-    variables, equivalent = differences(accumulated), is_equivalent(accumulated)
-    causes = ()
-    if not equivalent:
-        evidence = Evidence(
-            random=random,
-            by_order=by_order,
-            updates_per_batch=(large.updates() - updates_before) / updates,
-            weighted=data[2] is not None,
-            moved=[] if way.has_own_step else large.moved(),
-        )
-        with _quietly(tells_warnings=False):
-            evidence = evidence._replace(
-                whole_losses=reduced_by_themselves(large.model, rows(data, order[0]))
-            )
-        if way.calls_optimizer:
-            reduction = "sum" if way.reduction == "mean" else "mean"
-            with recorded_vectors() as vectors:
-                copy = trained(way.accumulated(one, reduction), order, micro_batch)
-            evidence = evidence._replace(
-                better_reduction=reduction if is_equivalent(copy) else None,
-                loss_vector=next(iter(vectors), None),
-            )
-        if way.has_own_step and evidence.updates_per_batch <= 1:
-            copy, moved = way.accumulated(one), []
-            # As the batch ends, since the end of `fit` makes an update of what there is.
-            end_of_batch = keras.callbacks.LambdaCallback(
-                on_train_batch_end=lambda batch, logs: moved.extend(copy.moved())
-            )
-            trained(copy, order[0, :micro_batch], micro_batch, callbacks=[end_of_batch])
-            evidence = evidence._replace(moved=moved)
-        large.set_state(start)
-        repeats = is_equivalent(trained(large, order, size))
-        causes = tuple(causes_of(model, way, evidence._replace(repeats=repeats)))
-    report = EquivalenceReport(equivalent, variables, causes, way.setting(size, updates))
+    trials = Trials(model, way, data, order, tolerance)
+    variables = trials.reference.differences(trials.accumulated())
+    equivalent = all(v.within for v in variables)
+    causes = () if equivalent else causes_of(trials.evidence())
+    report = EquivalenceReport(equivalent, variables, causes, way.setting(order.shape[1], updates))
     if verbose:
         print(report)
     return report
-
-
-def _depend_on_order(first, end, reordered):
-    """Whether the large batch ends elsewhere with its examples in another order, as a whole.
-
-    Single variables may for rounding, such as a bias before a batch norm, which has no gradient.
-    """
-
-    def norm(starts, ends):
-        return np.linalg.norm(
-            [
-                float(np.linalg.norm(np.asarray(b, "float64") - np.asarray(a, "float64")))
-                for a, b in zip(starts, ends, strict=True)
-            ]
-        )
-
-    return bool(norm(end, reordered) > BY_ORDER * norm(first, end))
-
-
-def _difference(path, start, end, value, other, tolerance, factor):
-    """A `VariableDifference` of arrays: where all began, the large batch's, ours, the control's."""
-    start, end, value, other = (np.asarray(a, "float64") for a in (start, end, value, other))
-    movement, difference, reordered = (
-        float(np.linalg.norm(a)) for a in (end - start, value - end, other - end)
-    )
-    within = difference <= max(tolerance * movement, factor * reordered)  # not if it is nan
-    return VariableDifference(path, movement, difference, reordered, within)
-
-
-@contextlib.contextmanager
-def _quietly(tells_warnings):
-    """Without what TensorFlow says of many traces, which are ours: each copy has its own.
-
-    Args:
-        tells_warnings: Whether warnings of the training are shown, as they are of one copy.
-    """
-
-    def is_not_of_tracing(record):
-        return "triggered tf.function retracing" not in record.getMessage()
-
-    logger = tf.get_logger()
-    logger.addFilter(is_not_of_tracing)
-    try:
-        with warnings.catch_warnings():
-            if not tells_warnings:
-                warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.removeFilter(is_not_of_tracing)
-
-
-def _quotient(difference, movement):
-    if difference == 0:
-        return 0.0
-    return difference / movement if movement else float("inf")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import numbers
-import operator
 from typing import Any, Literal, NoReturn
 
 import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf._checks import check_choice, refuse_arguments, similar_name
+from gradient_accumulator_tf._checks import (
+    FixedAttribute,
+    check_choice,
+    refuse_arguments,
+    similar_name,
+)
 from gradient_accumulator_tf._keras.patches import held_by
 from gradient_accumulator_tf.cycle.batches import check_shared_inputs
 from gradient_accumulator_tf.cycle.non_finite import NonFinite, policy_of
@@ -68,18 +72,11 @@ def _mode_of(accum_steps, micro_batch_size):
     return WithinStep(micro_batch_size) if accum_steps is None else AcrossSteps(accum_steps)
 
 
-def _fixed(name: str, attribute: str, doc: str) -> Any:
-    """A property that can be read, and whose setting is refused with what to do instead."""
-    get = operator.attrgetter(attribute)
-
-    def refuse(self, value):
-        raise AttributeError(
-            f"`{name}` is given when the model is made, and cannot be set. Received: "
-            f"{name}={value!r}, in place of {get(self)!r}. Make another model, around the same "
-            f"layers: GradientAccumulateModel(model.model, ..., {name}={value!r})."
-        )
-
-    return property(get, refuse, doc=doc)
+# What to do instead of setting an attribute that is fixed.
+_ANOTHER = (
+    "Make another model, around the same layers: "
+    "GradientAccumulateModel(model.model, ..., {name}={value!r})."
+)
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
@@ -241,11 +238,6 @@ class GradientAccumulateModel(ModelWrapper):
         self._mode.set_accum_steps(self, value)
 
     @property
-    def shared_inputs(self) -> tuple[Any, ...]:
-        """Tuple of the inputs that belong to every example: positions, keys and tuples of both."""
-        return self._shared_inputs
-
-    @property
     def micro_batch_size(self) -> int | None:
         """Examples per micro-batch (per replica); None with `accum_steps`.
 
@@ -262,9 +254,16 @@ class GradientAccumulateModel(ModelWrapper):
             # each step.
             super().make_train_function(force=True)
 
-    batch_norm = _fixed("batch_norm", "_batch_norm", "What trainable batch norms normalise by.")
-    non_finite = _fixed(
-        "non_finite", "_policy.name", "What becomes of gradients that are not finite."
+    batch_norm = FixedAttribute[str](
+        "_batch_norm", "What trainable batch norms normalise by.", _ANOTHER
+    )
+    non_finite = FixedAttribute[str](
+        "_policy.name", "What becomes of gradients that are not finite.", _ANOTHER
+    )
+    shared_inputs = FixedAttribute[tuple[Any, ...]](
+        "_shared_inputs",
+        "The inputs that belong to every example, a tuple of positions, keys and tuples of both.",
+        _ANOTHER,
     )
 
     @property

@@ -1,9 +1,12 @@
 """AtomicBackupAndRestore: backups of a training that are there as a whole or not at all."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil
 import warnings
+from typing import Any, Literal
 
 import keras
 
@@ -51,8 +54,12 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
     """
 
     def __init__(
-        self, backup_dir, save_freq="epoch", double_checkpoint=False, delete_checkpoint=True
-    ):
+        self,
+        backup_dir: str | os.PathLike[str],
+        save_freq: int | Literal["epoch"] = "epoch",
+        double_checkpoint: bool = False,
+        delete_checkpoint: bool = True,
+    ) -> None:
         super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
         if re.match(r"[a-z0-9]+://", str(backup_dir)):
             raise ValueError(
@@ -60,9 +67,9 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
                 f"whole. Received: backup_dir={backup_dir!r}. Pass a local one, or use "
                 "keras.callbacks.BackupAndRestore."
             )
-        self._last = None
+        self._last: Any = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         """Restores the newest backup that can be read; begins anew if there is none.
 
         Raises:
@@ -96,21 +103,21 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
                 shutil.rmtree(self._path(name))
         self._write_elsewhere()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Takes the epoch, which a backup within it is to name."""
         _keras.set_backup_epoch(self, epoch)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Writes a backup, if they are written at the ends of epochs."""
         super().on_epoch_end(epoch, logs)
         self._finish()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Writes a backup, if it is time for one."""
         super().on_train_batch_end(batch, logs)
         self._finish()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Any = None) -> None:
         """Deletes the backups, unless told otherwise."""
         shutil.rmtree(self._path(_PARTIAL), ignore_errors=True)
         if self.delete_checkpoint:

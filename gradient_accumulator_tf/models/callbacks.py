@@ -1,7 +1,10 @@
 """What belongs on an epoch's end."""
 
+from __future__ import annotations
+
 import math
 import time
+from typing import Any
 
 import keras
 
@@ -11,11 +14,11 @@ from gradient_accumulator_tf._checks import check_positive_int
 class FlushAtEpochEnd(keras.callbacks.Callback):
     """Applies a partial cycle when the epoch's last batch is through, before its validation."""
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Any = None) -> None:
         """Validation is the first thing that `fit` does after an epoch's last batch."""
         self.model.flush()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Where there is no validation."""
         self.model.flush()
 
@@ -61,19 +64,19 @@ class ThroughputLogger(keras.callbacks.Callback):
 
     async_safe = True  # Keras then need not wait for a batch's logs before it starts the next
 
-    def __init__(self, batch_size):
+    def __init__(self, batch_size: int) -> None:
         super().__init__()
         meaning = "examples in a batch of fit"
         instead = "Pass the batch_size that fit is given."
         self.batch_size = check_positive_int("batch_size", batch_size, meaning, instead)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Takes the time and the counts that the epoch begins with."""
         self._batches = 0
         self._counts = _counts(self.model)
         self._begin = self._end = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Takes the time."""
         self._end = time.perf_counter()
         # Some versions of Keras give the first batch of an execution, some the last.
@@ -81,7 +84,7 @@ class ThroughputLogger(keras.callbacks.Callback):
         batches = (batch // size + 1) * size
         self._batches = max(self._batches, min(batches, self.params.get("steps") or batches))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Adds to the logs."""
         counts = _counts(self.model)
         updates, micro_step, dropped = (

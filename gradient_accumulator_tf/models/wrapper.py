@@ -1,5 +1,9 @@
 """A Keras model around another one that looks like the model in it."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 
 from gradient_accumulator_tf import _keras
@@ -39,7 +43,16 @@ class ModelWrapper(_keras.AnswersForModel, keras.Model):
             or overrides a method of a training step.
     """
 
-    def __init__(self, model_or_inputs=None, /, outputs=None, *, inputs=None, model=None, **kwargs):
+    def __init__(
+        self,
+        model_or_inputs: Any = None,
+        /,
+        outputs: Any = None,
+        *,
+        inputs: Any = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         inputs, model = _told_apart(model_or_inputs, inputs, model)
         wrapped = _wrapped_model(type(self), inputs, outputs, model)
         if wrapped is not None:
@@ -50,11 +63,11 @@ class ModelWrapper(_keras.AnswersForModel, keras.Model):
         if wrapped is not None:
             self.built = wrapped.built
             # Past Keras, which would track and save the twin as a layer.
-            vars(self)["_twin"] = twin = make_twin(wrapped, self)
+            self.__dict__["_twin"] = twin = make_twin(wrapped, self)
             for name in _overridden(wrapped, _keras.trainer_methods()):
-                vars(self)[name] = getattr(twin, name)
+                self.__dict__[name] = getattr(twin, name)
 
-    def call(self, inputs, *args, training=None, **kwargs):
+    def call(self, inputs: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
         """Calls the wrapped model; a subclass without one defines its own."""
         if self.model is None:
             raise NotImplementedError(
@@ -67,32 +80,34 @@ class ModelWrapper(_keras.AnswersForModel, keras.Model):
         return self.model(inputs, *args, **kwargs)
 
     @property
-    def metrics(self):
+    def metrics(self) -> list[keras.metrics.Metric]:
         """As of a plain model, with the metrics that are attributes of the wrapped one."""
         return super().metrics if self.model is None else [*self._twin.metrics, *self._metrics]
 
     @property
-    def layers(self):
+    def layers(self) -> list[keras.Layer]:
         """The wrapped model's layers, or this model's own."""
         return super().layers if self.model is None else self.model.layers
 
-    def summary(self, *args, **kwargs):
+    def summary(self, *args: Any, **kwargs: Any) -> None:
         """Prints the wrapped model's summary; arguments as for `keras.Model.summary`."""
         # The twin's, which knows the optimizer.
-        return (super() if self.model is None else self._twin).summary(*args, **kwargs)
+        shown: Any = super() if self.model is None else self._twin
+        return shown.summary(*args, **kwargs)
 
-    def export(self, *args, **kwargs):
+    def export(self, *args: Any, **kwargs: Any) -> None:
         """Exports the wrapped model for inference; arguments as for `keras.Model.export`."""
-        return (super() if self.model is None else self.model).export(*args, **kwargs)
+        exported: Any = super() if self.model is None else self.model
+        return exported.export(*args, **kwargs)
 
     @property
-    def input_dtype(self):
+    def input_dtype(self) -> str:
         """The dtype of the wrapped model's inputs, or of inputs to a layer of this policy."""
         graph = self.model is not None and _keras.is_functional(self.model) and self.model.built
         dtypes = {tensor.dtype for tensor in self.model.inputs} if graph else ()
         return next(iter(dtypes)) if len(dtypes) == 1 else super().input_dtype
 
-    def get_build_config(self):
+    def get_build_config(self) -> dict[str, Any] | None:
         """None around a model, whose own config says how it is built."""
         return super().get_build_config() if self.model is None else None
 

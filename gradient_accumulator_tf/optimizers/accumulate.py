@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf._checks import check_choice
+from gradient_accumulator_tf._checks import FixedAttribute, check_choice
 from gradient_accumulator_tf._keras.patches import hook_into_models
 from gradient_accumulator_tf.cycle.accumulator import CycleEnd, GradientAccumulator, NoSums
 from gradient_accumulator_tf.cycle.gradients import Contribution
@@ -31,6 +31,7 @@ from gradient_accumulator_tf.optimizers.trained_variables import TrainedVariable
 from gradient_accumulator_tf.optimizers.update_order import one_by_one
 from gradient_accumulator_tf.optimizers.wrapper import (
     OptimizerWrapper,
+    as_it_is,
     check_does_not_accumulate,
     check_optimizer,
 )
@@ -41,6 +42,16 @@ from gradient_accumulator_tf.replicated.replicas import (
     prepare_fit,
 )
 from gradient_accumulator_tf.replicated.variables import outside_of_tracing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+# What to do instead of setting an attribute that is fixed.
+_ANOTHER = (
+    "Make another optimizer: "
+    "GradientAccumulateOptimizer(optimizer.inner_optimizer, ..., {name}={value!r})."
+)
 
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
@@ -155,10 +166,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._trained = TrainedVariables(self)
         self._accumulator = self._no_sums()
         self._drops = NoDrops()
-        self._loss_scaler = None
+        self._loss_scaler: Callable[[], Any] | None = None
         self._followers: Callable[[], Any] = tuple
         self._state_to_load: dict[str, Any] | None = None
-        self._weights_to_set = None
+        self._weights_to_set: list[Any] | None = None
         self._groups_to_make = 0
         self._strategy = tf.distribute.get_strategy()
         self.traces = Traces()
@@ -193,7 +204,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         return self._accumulator.in_cycle()[1]
 
     @property
-    def accumulates(self):
+    def accumulates(self) -> bool:
         """Whether gradients are added up.
 
         False if every gradient goes straight to the inner optimizer (`accum_steps=1`, one replica,
@@ -209,15 +220,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         one_by_one = self.accum_steps == 1 and self._policy is PROPAGATE
         return not one_by_one or number_of_replicas() > 1
 
-    @property
-    def reduction(self) -> str:
-        """What an update takes of the cycle's gradients: "mean" or "sum"."""
-        return self._reduction
-
-    @property
-    def non_finite(self) -> str:
-        """What becomes of gradients that are not finite."""
-        return self._policy.name
+    reduction = FixedAttribute[str](
+        "_reduction",
+        'What an update takes of the gradients of a cycle, "mean" or "sum".',
+        _ANOTHER,
+    )
+    non_finite = FixedAttribute[str](
+        "_policy.name", "What becomes of gradients that are not finite.", _ANOTHER
+    )
 
     @property
     def dropped_micro_steps(self) -> tf.Tensor:
@@ -387,8 +397,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self.apply(gradients, variables, weight=weight)
         return self.iterations
 
-    # AutoGraph would rewrite the library where a user's own function calls it.
-    @tf.autograph.experimental.do_not_convert
+    @as_it_is
     def apply(
         self,
         grads: Iterable[Any],
@@ -422,7 +431,11 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         contribution = Contribution(grads, weight, averaged=self._reduction == "mean")
         self.apply_contributions([contribution], trainable_variables)
 
-    def apply_contributions(self, contributions, trainable_variables=None):
+    def apply_contributions(
+        self,
+        contributions: Sequence[Contribution],
+        trainable_variables: Iterable[Any] | None = None,
+    ) -> None:
         """`apply` for a micro-batch whose loss has several denominators.
 
         Args:
@@ -439,13 +452,13 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             contributions, dropped, lambda: self._length.next(self.iterations), self._cycle_end()
         )
 
-    @tf.autograph.experimental.do_not_convert
+    @as_it_is
     def flush(self) -> None:
         """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
         with self._in_strategy():
             self._accumulator.flush(self._cycle_end())
 
-    @tf.autograph.experimental.do_not_convert
+    @as_it_is
     def reset(self) -> None:
         """Drops what a partial cycle holds, without an update."""
         with self._in_strategy():
@@ -453,7 +466,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             for follower in self._followers():
                 follower.reset()
 
-    def lead(self, followers):
+    def lead(self, followers: Sequence[Any]) -> None:
         """Tells other state of a cycle when it ends.
 
         Args:
@@ -462,7 +475,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         """
         self._followers = lambda: followers
 
-    def scaled_by(self, loss_scaler):
+    def scaled_by(self, loss_scaler: Any) -> None:
         """Takes gradients scaled by the `LossScaleOptimizer` that is around this optimizer.
 
         They are summed as they are. At the update the loss scaler looks at the mean, divides it
@@ -513,7 +526,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> GradientAccumulateOptimizer:
+    ) -> Self:
         """The reverse of `get_config`."""
         steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
         return super().from_config({**config, "accum_steps": steps}, custom_objects)

@@ -1,8 +1,11 @@
 """Adaptive gradient clipping: each unit's gradient is bounded by the norm of its weights."""
 
+from __future__ import annotations
+
 import numbers
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import keras
 import tensorflow as tf
@@ -12,6 +15,7 @@ from gradient_accumulator_tf._checks import check_number
 from gradient_accumulator_tf.cycle.gradients import accumulation_dtype
 from gradient_accumulator_tf.optimizers.wrapper import (
     OptimizerWrapper,
+    as_it_is,
     check_does_not_accumulate,
     check_optimizer,
 )
@@ -119,14 +123,14 @@ class AdaptiveGradientClipping(OptimizerWrapper):
 
     def __init__(
         self,
-        optimizer,
-        clip_factor=0.01,
-        epsilon=1e-3,
-        exclude=(),
-        unit_axes=None,
-        name=None,
-        **kwargs,
-    ):
+        optimizer: Any,
+        clip_factor: float = 0.01,
+        epsilon: float = 1e-3,
+        exclude: Iterable[str | keras.Layer] = (),
+        unit_axes: Mapping[str, int | Sequence[int]] | None = None,
+        name: str | None = None,
+        **kwargs: NoReturn,
+    ) -> None:
         optimizer = check_optimizer(optimizer, "LossScaleOptimizer(AdaptiveGradientClipping(...))")
         if hasattr(optimizer, "accum_steps"):
             raise ValueError(
@@ -138,15 +142,15 @@ class AdaptiveGradientClipping(OptimizerWrapper):
         clip_factor = check_number("clip_factor", clip_factor)
         epsilon = check_number("epsilon", epsilon)
         exclude = _checked_patterns(exclude)
-        unit_axes = _checked_unit_axes({} if unit_axes is None else unit_axes)
+        axes_of_units = _checked_unit_axes({} if unit_axes is None else unit_axes)
         example = "AdaptiveGradientClipping(keras.optimizers.SGD(clipnorm=1.0))"
         super().__init__(optimizer, name, kwargs, example)
         self._clip_factor = clip_factor
         self._epsilon = epsilon
         self._exclude = exclude
-        self._unit_axes = unit_axes
+        self._unit_axes = axes_of_units
 
-    def build(self, variables):
+    def build(self, variables: Iterable[Any]) -> None:
         """Creates the inner optimizer's variables.
 
         Args:
@@ -175,8 +179,8 @@ class AdaptiveGradientClipping(OptimizerWrapper):
         self._trainable_variables = variables
         self.built = True
 
-    @tf.autograph.experimental.do_not_convert
-    def apply(self, grads, trainable_variables=None):
+    @as_it_is
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
         """Clips the gradients and hands them to the inner optimizer; as for a Keras optimizer."""
         grads = list(grads)
         if not grads:
@@ -197,7 +201,7 @@ class AdaptiveGradientClipping(OptimizerWrapper):
         with _keras.replicas_agree(self.inner_optimizer):
             self.inner_optimizer.apply(clipped, variables)
 
-    def apply_gradients(self, grads_and_vars):
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> Any:
         """`apply` for pairs of (gradient, variable); returns `iterations`."""
         gradients, variables = zip(*grads_and_vars, strict=True)
         self.apply(gradients, variables)
@@ -238,15 +242,15 @@ class AdaptiveGradientClipping(OptimizerWrapper):
                 f"{-rank} to -1, or an expression that does not match it."
             )
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Writes the inner optimizer's state as it would itself."""
         self.inner_optimizer.save_own_variables(store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Reads what this optimizer or its inner optimizer wrote."""
         self.inner_optimizer.load_own_variables(store)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Config with the serialised inner optimizer."""
         return {
             **super().get_config(),

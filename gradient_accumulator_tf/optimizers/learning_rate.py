@@ -1,23 +1,36 @@
 """A learning rate for another batch size: rules of thumb, applied only where they are called."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 
 from gradient_accumulator_tf._checks import check_choice, check_positive_int
 from gradient_accumulator_tf.cycle.schedules import (
+    AccumSteps,
     check_accum_steps,
     deserialize_accum_steps,
     serialize_accum_steps,
     traced,
 )
 
-_EXPONENTS = {"linear": 1.0, "sqrt": 0.5}
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Rule = Literal["linear", "sqrt"]
+_EXPONENTS: dict[Rule, float] = {"linear": 1.0, "sqrt": 0.5}
 
 
 def scale_learning_rate(
-    learning_rate, *, batch_size, base_batch_size, accum_steps=1, rule="linear"
-):
+    learning_rate: Any,
+    *,
+    batch_size: int,
+    base_batch_size: int,
+    accum_steps: AccumSteps = 1,
+    rule: Rule = "linear",
+) -> float | ScaledLearningRate:
     """A learning rate that was found at one batch size, scaled to another effective batch.
 
         effective batch = batch_size x accum_steps
@@ -72,17 +85,26 @@ def scale_learning_rate(
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
 class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
-    """What `scale_learning_rate` returns for schedules; see there.
+    """A schedule of the learning rate, scaled to another batch size.
+
+    `scale_learning_rate` returns it for a schedule.
 
     Args:
-        learning_rate: As for `scale_learning_rate`, and so are the others.
-        batch_size: See there.
-        base_batch_size: See there.
-        accum_steps: See there.
-        rule: See there.
+        learning_rate: Number or schedule that was found at `base_batch_size`.
+        batch_size: Integer >= 1, examples in a batch of `fit`.
+        base_batch_size: Integer >= 1, examples per update that the learning rate was found at.
+        accum_steps: Integer >= 1, batches per update, or a schedule of it.
+        rule: "linear" or "sqrt".
     """
 
-    def __init__(self, learning_rate, batch_size, base_batch_size, accum_steps=1, rule="linear"):
+    def __init__(
+        self,
+        learning_rate: Any,
+        batch_size: int,
+        base_batch_size: int,
+        accum_steps: AccumSteps = 1,
+        rule: Rule = "linear",
+    ) -> None:
         self.learning_rate = _checked_learning_rate(learning_rate)
         self.batch_size = check_positive_int(
             "batch_size",
@@ -101,11 +123,11 @@ class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
         self.rule = rule
         self._steps_at = traced(self.accum_steps) if callable(self.accum_steps) else None
 
-    def factor(self, accum_steps):
+    def factor(self, accum_steps: Any) -> Any:
         """What the learning rate is multiplied by with so many batches per update."""
         return (accum_steps * (self.batch_size / self.base_batch_size)) ** _EXPONENTS[self.rule]
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> Any:
         """The learning rate of an update, a scalar tensor.
 
         Args:
@@ -119,7 +141,7 @@ class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
         rate = keras.ops.convert_to_tensor(rate, "float32") if isinstance(rate, float) else rate
         return rate * keras.ops.cast(self.factor(keras.ops.cast(steps, "float32")), rate.dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""
         rate = self.learning_rate
         if not isinstance(rate, float):
@@ -133,7 +155,7 @@ class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The reverse of `get_config`."""
         config = {**config, "accum_steps": deserialize_accum_steps(config["accum_steps"])}
         if isinstance(config["learning_rate"], dict):

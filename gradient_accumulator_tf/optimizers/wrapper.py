@@ -1,12 +1,32 @@
 """What every optimizer around another one forwards to it."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import keras
+import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import refuse_arguments
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-def _owned_by_inner(name):
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def as_it_is(method: F) -> F:
+    """Keeps AutoGraph, in a user's function that calls `method`, from rewriting the library.
+
+    `do_not_convert` has no type of its own: behind it a type checker knows no arguments.
+    """
+    return tf.autograph.experimental.do_not_convert(method)
+
+
+def _owned_by_inner(name: str) -> Any:
     """A property that reads and sets `name` on the inner optimizer, which alone keeps it."""
 
     def get(self):
@@ -30,7 +50,9 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         example: How to pass them to the inner optimizer, for the message.
     """
 
-    def __init__(self, optimizer, name, kwargs, example):
+    def __init__(
+        self, optimizer: Any, name: str | None, kwargs: dict[str, Any], example: str
+    ) -> None:
         refuse_arguments(
             type(self).__name__,
             kwargs,
@@ -51,7 +73,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     learning_rate = _owned_by_inner("learning_rate")
 
     @property
-    def gradient_accumulation_steps(self):
+    def gradient_accumulation_steps(self) -> int | None:
         """Keras's own accumulation, which is off; setting it is an error.
 
         Raises:
@@ -60,7 +82,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         return self.inner_optimizer.gradient_accumulation_steps
 
     @gradient_accumulation_steps.setter
-    def gradient_accumulation_steps(self, value):
+    def gradient_accumulation_steps(self, value: None) -> None:
         if value is not None:
             raise ValueError(
                 "`gradient_accumulation_steps` is Keras's own accumulation, which must stay off "
@@ -69,12 +91,12 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
             )
 
     @property
-    def iterations(self):
+    def iterations(self) -> keras.Variable:
         """int64 scalar variable: the number of updates, never of micro-steps."""
         return self.inner_optimizer.iterations
 
     @property
-    def optimizers(self):
+    def optimizers(self) -> list[Any]:
         """The inner `MultiOptimizer`'s list; callbacks look for it. AttributeError otherwise."""
         return self.inner_optimizer.optimizers
 
@@ -84,23 +106,25 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         return _keras.moving_averages(self.inner_optimizer)
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         """The inner optimizer's variables."""
         return self.inner_optimizer.variables
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: Any) -> Any:
         """The loss, scaled as the inner optimizer wants it."""
         return self.inner_optimizer.scale_loss(loss)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Finalizes the inner optimizer; `fit` calls it last."""
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
         """Passed on to the inner optimizer."""
         self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets `variables` from a list of arrays in the same order."""
         if len(weights) != len(self.variables):
             raise ValueError(
@@ -110,7 +134,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         for variable, weight in zip(self.variables, weights, strict=True):
             variable.assign(weight)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Config with the serialised inner optimizer."""
         return {
             "name": self.name,
@@ -118,7 +142,9 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
         """The reverse of `get_config`."""
         config = dict(config)
         config["optimizer"] = keras.saving.deserialize_keras_object(

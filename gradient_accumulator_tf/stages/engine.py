@@ -17,7 +17,7 @@ import tensorflow as tf
 from gradient_accumulator_tf.cycle.gradients import Summand
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.cycle.rules import Summation
-from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
+from gradient_accumulator_tf.replicated.replicas import on_average_replica, sum_over_replicas
 from gradient_accumulator_tf.stages.cuts import cut
 from gradient_accumulator_tf.stages.graph import flat_graph
 from gradient_accumulator_tf.stages.rows import gathered, spread
@@ -115,8 +115,7 @@ class StagedGradients:
             return _Pass(sums=denominators(predict, micro_batch))
 
         totals = sum_over_replicas(state.loop(step, state.kept_of(stage.reads)).sums)
-        replicas = number_of_replicas()
-        return tf.nest.map_structure(lambda t: None if t is None else t / replicas, totals)
+        return tf.nest.map_structure(on_average_replica, totals)
 
     def _head(self, stage, state, variables, totals, differentiate):
         """The last stage and the loss, forward and backward."""
