@@ -25,6 +25,12 @@ def execution(request):
     return EXECUTIONS[request.param]
 
 
+@pytest.fixture(params=[pytest.param("graph", marks=pytest.mark.fast), "jit"])
+def graph_or_jit(request):
+    """Arguments of `compile` for a case whose feature has a test in every execution."""
+    return EXECUTIONS[request.param]
+
+
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     keras.utils.set_random_seed(0)

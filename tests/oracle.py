@@ -33,7 +33,8 @@ def each_in_turn(names, ways, core=(), fast=()):
     for i, name in enumerate(names):
         for way in ways if name in core else [ways[i % len(ways)]]:
             marks = [pytest.mark.fast] if name in fast else []
-            pairs.append(pytest.param(name, way, id=f"{name}-{way}", marks=marks))
+            label = "-".join(name) if isinstance(name, tuple) else name
+            pairs.append(pytest.param(name, way, id=f"{label}-{way}", marks=marks))
     return pairs
 
 

@@ -156,8 +156,8 @@ def test_a_schedule_that_starts_with_one_is_exact_for_unequal_batches():
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_changed_between_fits_without_a_new_trace(wrapper, execution):
-    model = _accumulated(wrapper, 3, **execution)
+def test_changed_between_fits_without_a_new_trace(wrapper, graph_or_jit):
+    model = _accumulated(wrapper, 3, **graph_or_jit)
     traces = []
     for accum_steps in (3, 2, 6, 1):
         model.optimizer.accum_steps = accum_steps
@@ -432,8 +432,8 @@ def test_a_schedule_is_for_the_constructor():
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_one_can_be_raised_later(wrapper, execution):
-    model = _accumulated(wrapper, 1, **execution)
+def test_one_can_be_raised_later(wrapper, graph_or_jit):
+    model = _accumulated(wrapper, 1, **graph_or_jit)
     _fit(model, 2 * MICRO)
     assert model.optimizer.variables == model.optimizer.inner_optimizer.variables  # no sums
     model.optimizer.accum_steps = 2

@@ -441,7 +441,7 @@ def test_what_is_learned_of_batches_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["micro_batch_size", "accum_steps", "optimizer"])
-def test_a_gradient_has_its_variables_static_shape(way, execution):
+def test_a_gradient_has_its_variables_static_shape(way, graph_or_jit):
     # The product with one feature has a gradient of static shape (None, 3) for (1, 3).
     def make_model():
         keras.utils.set_random_seed(0)
@@ -452,7 +452,7 @@ def test_a_gradient_has_its_variables_static_shape(way, execution):
     results = []
     for name in ("plain", way):
         model, optimizer, size = in_way(name, make_model(), keras.optimizers.Adam(0.1))
-        model.compile(optimizer, "mse", **execution)
+        model.compile(optimizer, "mse", **graph_or_jit)
         model.fit(tf.data.Dataset.from_tensor_slices(arrays).batch(size), shuffle=False, verbose=0)
         results.append(state_of(model.weights))
     assert difference(*results) < 2e-6

@@ -1,5 +1,7 @@
 """batch_norm="exact": weights, moving statistics and logs of the large batch, with batch norm."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from gradient_accumulator_tf import AccumBatchNorm, GradientAccumulateModel
 from gradient_accumulator_tf.stages.batch_norm import BATCH_NORM
 from gradient_accumulator_tf.stages.cuts import cut
 from gradient_accumulator_tf.stages.graph import flat_graph
-from tests.oracle import KERAS, difference, mirrored, state_of
+from tests.oracle import EXECUTIONS, KERAS, difference, each_in_turn, mirrored, state_of
 
 # Five updates of 16, 16, 5 examples and so on: the last micro-batch of 3 is smaller, in two sizes.
 EXAMPLES, LARGE, MICRO = 37, 16, 3
@@ -204,7 +206,7 @@ def _assert_same(trained, expected, tolerance=1e-9):
 @pytest.mark.parametrize(
     "make_model, optimizer",
     [(make_model, "adam") for make_model in MODELS]
-    + [(conv_net, "sgd"), (residual_net, "sgd"), (residual_net, "clipping_and_average")],
+    + [(small, "sgd"), (small, "clipping_and_average")],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_training_is_that_of_the_large_batch(float64, make_model, optimizer):
@@ -221,16 +223,23 @@ def test_statistics_of_the_micro_batch_are_not(float64, make_model):
     assert difference(micro, large) > 1e-3
 
 
+@functools.cache
+def _small_trained():
+    return _train(_made(small))
+
+
 @pytest.mark.filterwarnings("ignore:Nothing accumulates:UserWarning")  # in one piece
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 8, 100])
-def test_every_execution_and_micro_batch_size(float64, execution, micro_batch_size):
-    expected = _train(_made(small))
+@pytest.mark.parametrize(
+    "micro_batch_size, how", each_in_turn([1, 8, 3, 100], EXECUTIONS, core=[3], fast=[3])
+)
+def test_every_execution_and_micro_batch_size(float64, how, micro_batch_size):
     model = _exact(_made(small), micro_batch_size)
-    _assert_same(_train(model, **execution), expected)
+    _assert_same(_train(model, **EXECUTIONS[how]), _small_trained())
 
 
-@pytest.mark.parametrize("examples", [12, 13])
-def test_static_batch(float64, execution, examples):
+@pytest.mark.parametrize("examples, how", each_in_turn([12, 13], ["graph", "jit"], core=[13]))
+def test_static_batch(float64, how, examples):
+    execution = EXECUTIONS[how]
     x, y = _images(examples)
     weights = []
     for model in (_made(small), _exact(_made(small), 4)):
@@ -272,13 +281,14 @@ def test_float32_is_as_near_as_another_order_of_the_examples():
     assert difference(exact, expected) < 3 * difference(control, expected)
 
 
-def test_sample_weights_and_losses_with_other_denominators(float64, execution):
+@pytest.mark.fast
+def test_sample_weights_and_losses_with_other_denominators(float64):
     x, y = _images()
     weights = np.random.default_rng(5).uniform(0.1, 3.0, len(x))
     for reduction in ("sum_over_batch_size", "mean_with_sample_weight", "sum"):
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
         trained = [
-            _train(model, (x, y, weights), "slow_sgd", loss=loss, metrics=[], **execution)
+            _train(model, (x, y, weights), "slow_sgd", loss=loss, metrics=[])
             for model in (_made(small), _exact(_made(small)))
         ]
         _assert_same(*trained[::-1])
@@ -296,7 +306,7 @@ def two_inputs_and_outputs():
     )
 
 
-def test_several_inputs_and_outputs(float64, execution):
+def test_several_inputs_and_outputs(float64):
     x, y = _images()
     numbers = np.random.default_rng(3).normal(size=(len(x), 5))
     inputs = {"images": x, "numbers": numbers}
@@ -307,7 +317,6 @@ def test_several_inputs_and_outputs(float64, execution):
         model.compile(
             keras.optimizers.Adam(0.01),
             loss={"early": "sparse_categorical_crossentropy", "late": {"value": "mse"}},
-            **execution,
         )
         history = model.fit(
             inputs, targets, batch_size=LARGE, epochs=2, shuffle=False, verbose=0
@@ -349,9 +358,9 @@ def noisy():
     return keras.Model(inputs, layers.Dense(4)(Noise(MICRO)(x)))
 
 
-def test_random_layers_draw_the_same_again(float64, execution):
-    expected = _train(_made(noisy), **execution)  # XLA draws otherwise
-    _assert_same(_train(_exact(_made(noisy)), **execution), expected)
+def test_random_layers_draw_the_same_again(float64, graph_or_jit):
+    expected = _train(_made(noisy), **graph_or_jit)  # XLA draws otherwise
+    _assert_same(_train(_exact(_made(noisy)), **graph_or_jit), expected)
 
 
 def test_with_other_draws_training_is_another(float64):
@@ -361,7 +370,7 @@ def test_with_other_draws_training_is_another(float64):
     assert difference(other, expected) > 1e-3
 
 
-def test_dropout_goes_on_where_it_ended(execution):
+def test_dropout_goes_on_where_it_ended():
     def dropping():
         inputs = keras.Input((8, 8, 3))
         x = layers.Dropout(0.3, seed=1)(layers.Flatten()(inputs))
@@ -369,7 +378,7 @@ def test_dropout_goes_on_where_it_ended(execution):
         return keras.Model(inputs, layers.Dense(4)(x))
 
     model = _exact(_made(dropping))
-    _train(model, **execution)
+    _train(model)
     states = [
         layer.seed_generator.state.numpy()[1]
         for layer in model.layers
@@ -380,7 +389,7 @@ def test_dropout_goes_on_where_it_ended(execution):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision(policy, execution):
+def test_mixed_precision(policy):
     keras.config.set_dtype_policy(policy)
     try:
         models = [
@@ -390,7 +399,7 @@ def test_mixed_precision(policy, execution):
         ]
     finally:
         keras.config.set_dtype_policy("float32")
-    large, exact, micro = (_train(model, **execution)[1] for model in models)
+    large, exact, micro = (_train(model)[1] for model in models)
     # A micro-batch's gradient is rounded to sixteen bits before it is summed.
     # Those of bfloat16 are eight times as coarse as float16's.
     assert difference(exact, large) < (0.03 if policy == "mixed_bfloat16" else 0.02)

@@ -1,5 +1,7 @@
 """What docs/exact_mean.md says: denominators, what the user may say of them, and the logs."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from gradient_accumulator_tf.cycle.loss_recorder import denominator
 from gradient_accumulator_tf.models.micro_step import Effective, run_micro_step
-from tests.oracle import dense_model, difference, regression_data
+from tests.oracle import EXECUTIONS, dense_model, difference, each_in_turn, regression_data
 
 REDUCTIONS = ["sum_over_batch_size", "mean", "mean_with_sample_weight"]
 
@@ -79,9 +81,9 @@ def _train_tokens(cls, mode, execution):
 
 
 @pytest.mark.parametrize("mode", [{"accum_steps": 4}, {"micro_batch_size": 5}], ids=str)
-def test_a_loss_of_ones_own_counts_for_what_micro_batch_weight_says(mode, execution):
-    large, logs = _train_tokens(TokenMean, {"accum_steps": 1}, execution)
-    weights, own_logs = _train_tokens(WeightedTokenMean, mode, execution)
+def test_a_loss_of_ones_own_counts_for_what_micro_batch_weight_says(mode, graph_or_jit):
+    large, logs = _train_tokens(TokenMean, {"accum_steps": 1}, graph_or_jit)
+    weights, own_logs = _train_tokens(WeightedTokenMean, mode, graph_or_jit)
     assert difference(weights, large) < 1e-6
     if "micro_batch_size" in mode:
         np.testing.assert_allclose(own_logs, logs, rtol=1e-6)
@@ -94,7 +96,7 @@ def test_a_loss_of_ones_own_counts_for_the_examples_where_nothing_is_said():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_sum_of_a_cycle_equals_the_large_batch_of_a_loss_that_sums(execution, weighted):
+def test_sum_of_a_cycle_equals_the_large_batch_of_a_loss_that_sums(graph_or_jit, weighted):
     x, y, _ = regression_data(48)
     weights = []
     for steps, size in ((1, 16), (4, 4)):
@@ -102,7 +104,7 @@ def test_sum_of_a_cycle_equals_the_large_batch_of_a_loss_that_sums(execution, we
         optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
         if steps > 1 or weighted:
             optimizer = GradientAccumulateOptimizer(optimizer, steps, reduction="sum")
-        model.compile(optimizer, keras.losses.MeanSquaredError(reduction="sum"), **execution)
+        model.compile(optimizer, keras.losses.MeanSquaredError(reduction="sum"), **graph_or_jit)
         model.fit(x, y, batch_size=size, epochs=2, shuffle=False, verbose=0)
         weights.append(model.get_weights())
     assert difference(*weights) < 1e-6
@@ -181,14 +183,21 @@ PAIRS = [
 ]
 
 
+@functools.cache
+def _large_segmenter(reductions):
+    return _train_segmenter(_segmenter(), 16, reductions)
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("reductions", PAIRS, ids="-".join)
+@pytest.mark.parametrize(
+    "reductions, how", each_in_turn(PAIRS, EXECUTIONS, core=PAIRS[:1], fast=PAIRS[:1])
+)
 @pytest.mark.parametrize("mode", [{"accum_steps": 4}, {"micro_batch_size": 4}], ids=str)
-def test_images_and_numbers_of_different_denominators_are_exact(mode, reductions, execution):
-    large = _train_segmenter(_segmenter(), 16, reductions)
+def test_images_and_numbers_of_different_denominators_are_exact(mode, reductions, how):
     model = GradientAccumulateModel(model=_segmenter(), **mode)
     size = 4 if "accum_steps" in mode else 16
-    assert difference(_train_segmenter(model, size, reductions, **execution), large) < 1e-12
+    weights = _train_segmenter(model, size, reductions, **EXECUTIONS[how])
+    assert difference(weights, _large_segmenter(reductions)) < 1e-12
 
 
 @pytest.mark.usefixtures("float64")
@@ -197,7 +206,7 @@ def test_images_and_numbers_of_different_denominators_are_exact(mode, reductions
 def test_different_denominators_are_exact_on_replicas(mode, reductions):
     if "micro_batch_size" in mode and tuple(map(int, keras.__version__.split(".")[:2])) < (3, 10):
         pytest.skip("metrics of Keras before 3.10 synchronise replicas, which a loop may not")
-    large = _train_segmenter(_segmenter(), 16, reductions)
+    large = _large_segmenter(reductions)
     strategy = tf.distribute.MirroredStrategy(
         ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
     )

@@ -360,7 +360,7 @@ class Attends(keras.layers.Layer):
 
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["masked", "unmasked"])
-def test_masks_reach_the_block_and_leave_it(keeps, execution):
+def test_masks_reach_the_block_and_leave_it(keeps, graph_or_jit):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 9, size=(32, 6)), rng.normal(size=(32, 1))
     weights = []
@@ -370,7 +370,7 @@ def test_masks_reach_the_block_and_leave_it(keeps, execution):
         # What has no time axis any more must not hand on the mask that it got.
         layers += [wrap(keras.layers.GlobalAveragePooling1D()), keras.layers.Dense(1)]
         model = keras.Sequential([keras.Input((6,), dtype="int32"), *layers])
-        model.compile(keras.optimizers.SGD(0.1), "mse", **execution)
+        model.compile(keras.optimizers.SGD(0.1), "mse", **graph_or_jit)
         model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
         weights.append(model.get_weights())
     assert difference(*weights) < 2e-6

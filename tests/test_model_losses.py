@@ -64,8 +64,10 @@ def mse(reduction):
     }
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("weights", [None, "examples", "timesteps"])
+@pytest.mark.parametrize(
+    "weights, mask",
+    [(None, True), ("examples", True), ("timesteps", True), ("timesteps", False)],
+)
 @pytest.mark.parametrize("reduction", REDUCTIONS[1:])
 def test_reductions_weights_and_masks_count_as_in_the_large_batch(reduction, weights, mask):
     rng = np.random.default_rng(4)

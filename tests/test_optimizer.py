@@ -170,7 +170,7 @@ def _embedding_model(seed=1):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_embeddings_equal_the_dense_large_batch(name, execution):
+def test_embeddings_equal_the_dense_large_batch(name, graph_or_jit):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 20, size=(64, 3)), rng.normal(size=(64, 1)).astype("float32")
     large, accumulated = _embedding_model(), _embedding_model()
@@ -184,7 +184,7 @@ def test_embeddings_equal_the_dense_large_batch(name, execution):
         optimizer.apply(gradients, large.trainable_variables)
     wrapped = GradientAccumulateOptimizer(name, 4)
     wrapped.learning_rate = 0.05
-    accumulated.compile(wrapped, "mse", **execution)
+    accumulated.compile(wrapped, "mse", **graph_or_jit)
     accumulated.fit(x, y, batch_size=4, shuffle=False, verbose=0)
     assert difference(accumulated.get_weights(), large.get_weights()) < 1e-6
 
@@ -309,7 +309,7 @@ def test_flush_inside_a_function():
     assert (float(v.numpy()), int(optimizer.iterations.numpy())) == (-2.0, 1)
 
 
-def test_two_wrapped_optimizers_on_two_models(execution):
+def test_two_wrapped_optimizers_on_two_models(graph_or_jit):
     """A GAN's two players, each with cycles of its own."""
 
     class Gan(keras.Model):
@@ -343,18 +343,18 @@ def test_two_wrapped_optimizers_on_two_models(execution):
     weights = []
     for steps in (1, 4):
         gan = Gan()
-        gan.compile(steps, **execution)
+        gan.compile(steps, **graph_or_jit)
         gan.fit(noise, real, batch_size=16 // steps, shuffle=False, verbose=0)
         weights.append(gan.generator.get_weights() + gan.discriminator.get_weights())
         assert int(gan.g_optimizer.iterations.numpy()) == 3
     assert difference(*weights) < 1e-6
 
 
-def test_fit_flushes_at_its_end_and_not_between_epochs(execution):
+def test_fit_flushes_at_its_end_and_not_between_epochs(graph_or_jit):
     x, y, _ = regression_data(24)
     model = dense_model()
     optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), 4)
-    model.compile(optimizer, "mse", **execution)
+    model.compile(optimizer, "mse", **graph_or_jit)
     # 3 micro-batches an epoch: 9 in all are two cycles and a partial one.
     model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0)
     assert int(optimizer.iterations.numpy()) == 3

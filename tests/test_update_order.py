@@ -136,13 +136,13 @@ def test_the_optimizer_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("way", ["optimizer", "model"])
-def test_accumulators_are_made_once(way, execution):
+def test_accumulators_are_made_once(way, graph_or_jit):
     model, arguments = dense_model(), momentum_and_mse()
     if way == "optimizer":
         arguments["optimizer"] = GradientAccumulateOptimizer(arguments["optimizer"], 3)
     else:
         model = GradientAccumulateModel(model=model, accum_steps=3)
-    model.compile(**arguments, **execution)
+    model.compile(**arguments, **graph_or_jit)
     model.optimizer.build(model.trainable_variables)
     made = model.optimizer._accumulator.state
     x, y, _ = regression_data(48)

@@ -32,7 +32,7 @@ def test_a_cycle_of_weight_zero_is_an_update_with_gradients_of_zero(accum_steps,
 
 
 @pytest.mark.parametrize("accum_steps", [1, 2])
-def test_so_it_is_for_the_large_batch(accum_steps, execution):
+def test_so_it_is_for_the_large_batch(accum_steps, graph_or_jit):
     # `sample_weight` of zeros: Keras's mean over nothing is a loss of 0.
     x, y, _ = regression_data(8)
 
@@ -51,7 +51,7 @@ def test_so_it_is_for_the_large_batch(accum_steps, execution):
         inputs = keras.Input((5,))
         model = cls(inputs, keras.layers.Dense(1)(inputs))
         loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
-        model.compile(optimizer, loss, **execution)
+        model.compile(optimizer, loss, **graph_or_jit)
         for sample_weight in (np.ones(8), np.zeros(8)):
             fit = {"batch_size": batch_size, "shuffle": False, "verbose": 0}
             model.fit(x, y, sample_weight=sample_weight, **fit)

@@ -356,13 +356,17 @@ def watched(cls=Watched):
 
 
 @pytest.mark.parametrize("cls", [Watched, Relisted])
-def test_metrics_of_the_model_are_in_the_logs_and_reset(execution, cls):
+def test_metrics_of_the_model_are_in_the_logs_and_reset(graph_or_jit, cls):
     x, y, _ = regression_data(24)
     model = assert_trains_as_large_batch(
         lambda: watched(cls),
         x,
         y,
-        compile_with=lambda: {"optimizer": keras.optimizers.SGD(0.05), "loss": "mse", **execution},
+        compile_with=lambda: {
+            "optimizer": keras.optimizers.SGD(0.05),
+            "loss": "mse",
+            **graph_or_jit,
+        },
         epochs=3,
         validation_data=(x[:8], y[:8]),
     )
