@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import keras
 
@@ -21,6 +21,28 @@ if TYPE_CHECKING:
 
 Rule = Literal["linear", "sqrt"]
 _EXPONENTS: dict[Rule, float] = {"linear": 1.0, "sqrt": 0.5}
+
+
+@overload
+def scale_learning_rate(
+    learning_rate: float,
+    *,
+    batch_size: int,
+    base_batch_size: int,
+    accum_steps: int = 1,
+    rule: Rule = "linear",
+) -> float: ...
+
+
+@overload
+def scale_learning_rate(
+    learning_rate: Any,
+    *,
+    batch_size: int,
+    base_batch_size: int,
+    accum_steps: AccumSteps = 1,
+    rule: Rule = "linear",
+) -> float | ScaledLearningRate: ...
 
 
 def scale_learning_rate(

@@ -1,5 +1,7 @@
 """What users write. `make types` must find no error in it."""
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -43,3 +45,23 @@ gat.scale_learning_rate(1e-3, batch_size=32, base_batch_size=256, accum_steps=8,
 gat.swap_batch_norm(net(), to="group")
 report = gat.check_equivalence(net(), x, y, micro_batch_size=16, verbose=0)
 print(report.equivalent, [cause.kind for cause in report.causes])
+shown: gat.EquivalenceReport = report
+furthest: gat.VariableDifference = max(shown.variables, key=lambda v: v.relative)
+
+swapped = gat.swap_batch_norm(net(), to=lambda layer: "group" if layer.name == "bn" else None)
+swapped.summary()
+gat.swap_batch_norm(within, accum_steps=8).flush()  # of the class that was given
+rate: float = gat.scale_learning_rate(0.1, batch_size=32, base_batch_size=256, accum_steps=8)
+keras.optimizers.SGD(rate)
+gat.GradientCheckpoint(keras.layers.Dense(1), name="block")
+gat.AtomicBackupAndRestore("backup", save_freq=100)
+within.summary(expand_nested=True)
+within.export("exported", verbose=False)
+
+
+class Doubling(gat.AccumStepsSchedule):
+    def __call__(self, update: Any) -> Any:
+        return 1 + update // 1000
+
+
+gat.GradientAccumulateOptimizer("adam", accum_steps=Doubling())
