@@ -1,7 +1,7 @@
 """The state of one cycle: what the micro-batches since the last update add up to.
 
-An optimizer asks its accumulator for no more than `Accumulator` says while it trains. Another kind,
-such as one with its sums on the host, is another class with these methods.
+`Accumulator` says what an optimizer asks of it. Another kind, such as one with its sums on the
+host, is another class with these methods.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from gradient_accumulator_tf.replicated.replicas import number_of_replicas, on_a
 from gradient_accumulator_tf.replicated.variables import counter, sum_variable
 
 
-class CycleEnd(NamedTuple):
+class CycleUpdate(NamedTuple):
     """How an optimizer ends a cycle.
 
     Attributes:
@@ -33,6 +33,10 @@ class CycleEnd(NamedTuple):
 
 class Accumulator(Protocol):
     """What an optimizer asks of the state of its cycle.
+
+    One that keeps sums has further methods of `GradientAccumulator`: `if_received`, `finish` and
+    `reset`, which an update calls; `load`, `take_over`, `make_groups` and `make_groups_for`, for
+    files and for an optimizer that takes other variables.
 
     Attributes:
         keeps_sums: Whether micro-batches are added up. If not, each one is an update.
@@ -62,7 +66,7 @@ class Accumulator(Protocol):
             dropped: float64 scalar, 1 if they were made to count for nothing; None if they never
                 are.
             steps: Function that returns the micro-batches of a cycle that begins now.
-            end: `CycleEnd`.
+            end: `CycleUpdate`.
         """
 
     def flush(self, end):

@@ -2,6 +2,7 @@
 
 import keras
 
+from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.batch_norm.cycle_end import model_ends_cycle
 from gradient_accumulator_tf.cycle.non_finite import NoDrops
 from gradient_accumulator_tf.cycle.schedules import check_accum_steps
@@ -131,7 +132,8 @@ class AcrossSteps:
                 layer.end_cycle()
             return logs
         build(data)
-        step = run_micro_step(model, data)
+        with _keras.activity_regularizers_by_rank(model):
+            step = run_micro_step(model, data)
         if step.contributions:
             # Not through a loss scaler, whose `apply` takes no weights.
             optimizer.lead(batch_norms_of(model))

@@ -75,7 +75,7 @@ def run_micro_step(model, micro_batch, effective=None):
 
 
 def find_loss(model, micro_batch, predict, effective=None):
-    """Runs one micro-batch forward.
+    """Runs one micro-batch forward, where `activity_regularizers_by_rank` is in force.
 
     Args:
         model: The `GradientAccumulateModel`.
@@ -91,11 +91,7 @@ def find_loss(model, micro_batch, predict, effective=None):
     weighed = None if effective is None else effective.weighed
     times = None if weighed is None else by_identity(sample_weight, weighed)
     finite_only = policy_of(model.non_finite).finite_only
-    with (
-        _keras.activity_regularizers_by_rank(model),
-        model_ends_cycle(finite_only),
-        tf.GradientTape(persistent=True) as tape,
-    ):
+    with model_ends_cycle(finite_only), tf.GradientTape(persistent=True) as tape:
         _keras.clear_added_losses(model)
         y_pred = predict(tape)
         recorder = LossRecorder(tape, effective is not None, examples, times)

@@ -141,7 +141,8 @@ class WithinStep:
         self._plan(model)
         self._check_does_not_accumulate(model.optimizer)
         self._largest_batch.see(batch.examples)
-        return self._train(model, batch)
+        with _keras.activity_regularizers_by_rank(model):
+            return self._train(model, batch)
 
     def _train(self, model, batch):
         policy, variables = policy_of(model.non_finite), model.trainable_weights

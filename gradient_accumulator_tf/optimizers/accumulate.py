@@ -14,7 +14,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import FixedAttribute, check_choice
 from gradient_accumulator_tf._keras.patches import hook_into_models
-from gradient_accumulator_tf.cycle.accumulator import CycleEnd, GradientAccumulator, NoSums
+from gradient_accumulator_tf.cycle.accumulator import CycleUpdate, GradientAccumulator, NoSums
 from gradient_accumulator_tf.cycle.gradients import Contribution
 from gradient_accumulator_tf.cycle.non_finite import PROPAGATE, NoDrops, NonFinite, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
@@ -449,14 +449,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         ]
         contributions, dropped = self._policy.screen(aligned)
         self._accumulator.take(
-            contributions, dropped, lambda: self._length.next(self.iterations), self._cycle_end()
+            contributions, dropped, lambda: self._length.next(self.iterations), self._cycle_update()
         )
 
     @as_it_is
     def flush(self) -> None:
         """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
         with self._in_strategy():
-            self._accumulator.flush(self._cycle_end())
+            self._accumulator.flush(self._cycle_update())
 
     @as_it_is
     def reset(self) -> None:
@@ -620,8 +620,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             return contextlib.nullcontext()
         return self._strategy.scope()
 
-    def _cycle_end(self):
-        return CycleEnd(of_sums=self._end_cycle, at_once=self._apply_to_inner)
+    def _cycle_update(self):
+        return CycleUpdate(of_sums=self._end_cycle, at_once=self._apply_to_inner)
 
     def _end_cycle(self, run, received):
         """Updates with the cycle's means and starts a new cycle; see `Accumulator.take`."""
