@@ -142,12 +142,11 @@ class MicroBatchLoss:
         Args:
             variables: List of variables to take the gradients of.
             scale: Scalar factor on every gradient (the loss scale).
-            multiply: Whether to multiply the gradients by their weights, which costs nothing on the
-                scalar loss but could overflow in a backward pass in float16.
+            multiply: Whether to multiply the gradients by their weights. This costs nothing, as it
+                is done on the scalar loss. A backward pass in float16 could overflow by it.
 
         Returns:
-            Non-empty list of `Contribution`; without one for a denominator that no variable's
-            gradient depends on.
+            List of at least one `Contribution`. A denominator without any gradient has none.
         """
 
         def gradients(targets, seeds):

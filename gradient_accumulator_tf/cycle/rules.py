@@ -107,7 +107,7 @@ class Mean:
         if not means:
             return None
         mean = tf.add_n(means)
-        # The optimizer will cut off what is behind the point.
+        # The optimizer casts it to the variable's dtype, which cuts off decimals.
         return tf.round(mean) if self._dtype.is_integer else mean
 
 

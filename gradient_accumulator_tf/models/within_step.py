@@ -146,7 +146,7 @@ class WithinStep:
 
     def _train(self, model, batch):
         policy, variables = policy_of(model.non_finite), model.trainable_weights
-        total = None  # what will be left of the effective batch, if some of it may be dropped
+        total = None  # unknown yet, if micro-batches may be dropped
         if not policy.screens:
             total = on_average_replica(sum_over_replicas(tf.cast(batch.examples, tf.float64)))
         effective = Effective(total, batch.times_weighed(self.micro_batch_size))
