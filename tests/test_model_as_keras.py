@@ -43,8 +43,11 @@ def test_the_model_may_come_first():
 
 @pytest.mark.parametrize("name", ["fit", "compile"])
 def test_arguments_are_those_of_keras(name):
-    own = inspect.signature(getattr(GradientAccumulateModel, name))
-    assert str(own) == str(inspect.signature(getattr(keras.Model, name)))
+    own, keras_own = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(method).parameters.values()]
+        for method in (getattr(GradientAccumulateModel, name), getattr(keras.Model, name))
+    )
+    assert own == keras_own
 
 
 @pytest.mark.parametrize("mode", MODES)
