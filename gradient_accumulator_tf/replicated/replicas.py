@@ -109,7 +109,7 @@ def as_on_one_device():
         yield
         return
     context = tf.distribute.get_replica_context()
-    (device,) = context.devices
+    (device,) = tf.nest.flatten(context.devices)
     strategy = tf.distribute.OneDeviceStrategy(device)
     replica = context.replica_id_in_sync_group
     with (
