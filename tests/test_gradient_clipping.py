@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import (
     AdaptiveGradientClipping,
-    GradientAccumulateModel,
     GradientAccumulateOptimizer,
 )
 from gradient_accumulator_tf.optimizers.gradient_clipping import clip_units, unit_norms
@@ -15,8 +14,9 @@ from tests.oracle import (
     EFFECTIVE,
     MICRO,
     MODES,
-    accumulating,
+    WAYS,
     difference,
+    in_way,
     mirrored,
     regression_data,
     state_of,
@@ -165,10 +165,9 @@ def _train(model, optimizer, batch_size, epochs=2, **compile_with):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("mode", MODES)
 def test_in_the_model_it_is_that_of_the_large_batch(mode, execution):
     large = _train(_named_model(), _agc(), EFFECTIVE)
-    model, batch_size = accumulating(mode, _named_model())
+    model, _, batch_size = in_way(mode, _named_model())
     _train(model, _agc(), batch_size, **execution)
     assert difference(model.get_weights(), large.get_weights()) < 1e-12
     unclipped = _train(_named_model(), _agc().inner_optimizer, EFFECTIVE)
@@ -223,20 +222,14 @@ def test_clipping_each_micro_batch_is_something_else():
     assert np.abs(step - each).max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["plain", "optimizer", *MODES])
-def test_on_replicas_the_sum_is_clipped(kind):
+@pytest.mark.parametrize("way", ["plain", *WAYS])
+def test_on_replicas_the_sum_is_clipped(way):
     x, y, _ = regression_data(2 * EFFECTIVE)
     large = _named_model()
     large.compile(_agc(), "mse")
     large.fit(x, y, batch_size=EFFECTIVE, shuffle=False, verbose=0)
     with mirrored().scope():
-        model, optimizer, batch_size = _named_model(), _agc(), EFFECTIVE
-        if kind == "optimizer":
-            optimizer, batch_size = GradientAccumulateOptimizer(optimizer, 3), MICRO
-        elif kind == "accum_steps":
-            model, batch_size = GradientAccumulateModel(model=model, accum_steps=3), MICRO
-        elif kind == "micro_batch_size":
-            model = GradientAccumulateModel(model=model, micro_batch_size=2)
+        model, optimizer, batch_size = in_way(way, _named_model(), _agc(), replicas=2)
         model.compile(optimizer, "mse")
     model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
     assert difference(model.get_weights(), large.get_weights()) < 1e-6
@@ -247,9 +240,7 @@ def test_on_replicas_the_sum_is_clipped(kind):
 def test_under_a_loss_scale_the_gradients_themselves_are_clipped(mode):
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        model, batch_size = _named_model(), EFFECTIVE
-        if mode != "plain":
-            model, batch_size = accumulating(mode, model)
+        model, _, batch_size = in_way(mode, _named_model())
         optimizer = keras.optimizers.LossScaleOptimizer(_agc(), initial_scale=1024.0)
         _train(model, optimizer, batch_size, epochs=1)
     finally:

@@ -10,10 +10,10 @@ from tests.oracle import (
     EFFECTIVE,
     MICRO,
     MODES,
-    accumulating,
     assert_trains_as_large_batch,
     dense_model,
     difference,
+    in_way,
     regression_data,
     state_of,
 )
@@ -157,7 +157,7 @@ def test_batches_of_other_lengths_count_for_their_elements(reduction):
     plain.train_on_batch(x, y, weights)
     signature = (tf.TensorSpec((None, None, 2), x.dtype), tf.TensorSpec((None, None, 1), x.dtype))
     data = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=signature)
-    model, _ = accumulating("accum_steps", make_model())
+    model, *_ = in_way("accum_steps", make_model())
     model.compile(**mse(reduction))
     model.fit(data.apply(tf.data.experimental.assert_cardinality(3)), verbose=0)
     assert difference(state_of(model.weights), state_of(plain.weights)) < TOLERANCE
@@ -327,9 +327,8 @@ def test_compute_loss_may_be_overridden(takes_training):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("mode", MODES)
 def test_a_loss_that_is_not_reduced_is_refused(mode):
-    model, batch_size = accumulating(mode, dense_model())
+    model, _, batch_size = in_way(mode, dense_model())
     loss = keras.losses.MeanSquaredError(reduction=None, name="per_example")
     model.compile("sgd", loss=loss)
     x, y, _ = regression_data(EFFECTIVE)
@@ -347,7 +346,7 @@ def test_a_variable_that_no_loss_reaches_is_left_alone():
     x, y, _ = regression_data(EXAMPLES, dtype="float64")
     model = make_model()
     for mode in MODES:
-        model, batch_size = accumulating(mode, make_model())
+        model, _, batch_size = in_way(mode, make_model())
         model.compile(keras.optimizers.AdamW(0.01, weight_decay=0.5), loss=["mse", None])
         before = state_of(model.trainable_variables)
         with pytest.warns(UserWarning, match="Gradients do not exist"):

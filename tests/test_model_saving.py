@@ -10,10 +10,9 @@ from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateO
 from tests.oracle import (
     EFFECTIVE,
     MICRO,
-    MODES,
-    accumulating,
     dense_model,
     difference,
+    in_way,
     regression_data,
     state_of,
 )
@@ -81,11 +80,11 @@ def make(kind, mode, compiled=True):
     """An accumulating model of a kind, and the batch size for its fit."""
     keras.utils.set_random_seed(1)
     if kind is OwnCall:
-        example, batch_size = accumulating(mode, functional())
+        example, _, batch_size = in_way(mode, functional())
         model = OwnCall(example.accum_steps, example.micro_batch_size)
         model(np.zeros((1, 5), "float32"))
     else:
-        model, batch_size = accumulating(mode, kind())
+        model, _, batch_size = in_way(mode, kind())
     if compiled:
         compile_and_build(model)
     return model, batch_size
@@ -229,7 +228,6 @@ def test_weight_files_are_the_plain_models_in_both_directions(kind, tmp_path):
     assert names_in(path) == names_in(tmp_path / "plain.weights.h5")
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_weight_files_hold_the_optimizers_state_for_both(kind, mode, tmp_path):
     # Two effective batches in the plain model, one in the accumulating, the last in the plain.
@@ -261,7 +259,6 @@ def test_an_exported_model_predicts_the_same(kind, tmp_path):
     np.testing.assert_allclose(exported.serve(x), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_backup_and_restore_goes_on_after_an_interruption(mode, tmp_path):
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -289,7 +286,6 @@ def test_backup_and_restore_goes_on_after_an_interruption(mode, tmp_path):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("mode", MODES)
 def test_config_and_json_make_the_same_model(mode):
     model, _ = make(functional, mode)
     for made in (

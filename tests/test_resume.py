@@ -11,8 +11,7 @@ import pytest
 import tensorflow as tf
 
 from examples import resume
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from tests.oracle import dense_model, difference, regression_data
+from tests.oracle import ACROSS_STEPS, dense_model, difference, in_way, regression_data
 
 # Of 60 images 9 are held out: 7 micro-batches of 8 in an epoch, so that the optimizer's cycles of
 # 3 are open at most epochs' ends. Ten kills and two ways to save are 20 for each wrapper.
@@ -78,8 +77,8 @@ class Interrupted(keras.callbacks.Callback):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("wrapper", ["optimizer", "model"])
-def test_random_layers_go_on_with_their_numbers(wrapper, tmp_path):
+@pytest.mark.parametrize("way", ACROSS_STEPS)
+def test_random_layers_go_on_with_their_numbers(way, tmp_path):
     x, y, _ = regression_data(80)
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
 
@@ -88,11 +87,7 @@ def test_random_layers_go_on_with_their_numbers(wrapper, tmp_path):
         model = keras.Sequential(
             [keras.Input((5,)), keras.layers.Dropout(0.5), keras.layers.Dense(1)]
         )
-        optimizer = keras.optimizers.Adam(0.01)
-        if wrapper == "optimizer":
-            optimizer = GradientAccumulateOptimizer(optimizer, 3)
-        else:
-            model = GradientAccumulateModel(model=model, accum_steps=3)
+        model, optimizer, _ = in_way(way, model, keras.optimizers.Adam(0.01))
         model.compile(optimizer, "mse")
         with contextlib.suppress(KeyboardInterrupt):
             resume.loop_with_checkpoints(model, dataset, 1, folder, 2, Interrupted(after))
