@@ -97,12 +97,6 @@ def test_equals_the_large_batch_under_every_strategy(name, way):
     assert difference(model.get_weights(), large_batch()[0]) < 1e-12
 
 
-def test_keras_alone_cannot_overwrite_with_averages_in_a_graph():
-    # When this fails, docs/several_devices.md need not say so.
-    with pytest.raises(RuntimeError, match="merge_call"):
-        trained("plain", STRATEGIES["mirrored"](), everything_per_update, _data())
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("policy", ["drop_micro_batch", "drop_cycle"])
 def test_what_is_not_finite_is_dropped(policy, way):
