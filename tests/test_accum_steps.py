@@ -129,7 +129,7 @@ def test_the_model_follows_a_schedule_as_large_batches_would(kind, execution):
 
 @pytest.mark.parametrize(
     "kind, execution",
-    [*(("function", e) for e in EXECUTIONS), ("class", "graph")],
+    [("function", "graph"), ("function", "jit"), ("class", "steps_per_execution")],
     indirect=["execution"],
 )
 def test_the_optimizer_follows_a_schedule_as_large_batches_would(kind, execution):

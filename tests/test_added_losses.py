@@ -277,8 +277,8 @@ def test_a_scaled_loss_is_summed(half):
 
 @pytest.mark.parametrize(
     "own, execution",
-    [(False, {}), (False, {"jit_compile": True}), (True, {"run_eagerly": True}), (True, {})],
-    ids=["l2-graph", "l2-jit", "unreduced-eager", "unreduced-graph"],
+    [(False, {"jit_compile": True}), (True, {"run_eagerly": True})],
+    ids=["l2-jit", "unreduced-eager"],
 )
 def test_activity_regularisers_count_as_the_version_of_keras_divides_them(own, execution):
     """Keras 3.14 and newer divide them by the examples, older ones add them up."""

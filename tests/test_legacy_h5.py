@@ -6,7 +6,6 @@ import pytest
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from tests.oracle import (
-    ACROSS_STEPS,
     EFFECTIVE,
     MICRO,
     dense_model,
@@ -54,9 +53,15 @@ def loaded_from(model, folder):
     return keras.models.load_model(folder / "model.h5")
 
 
-@pytest.mark.parametrize("make", [functional, dense_model])
-@pytest.mark.parametrize("way", ACROSS_STEPS)
-@pytest.mark.parametrize("saved_after", [STEPS, STEPS + 2], ids=["between cycles", "in mid-cycle"])
+@pytest.mark.parametrize(
+    "way, make, saved_after",
+    [
+        ("optimizer", functional, STEPS + 2),
+        ("optimizer", dense_model, STEPS),  # between two cycles
+        ("accum_steps", functional, STEPS),
+        ("accum_steps", dense_model, STEPS + 2),
+    ],
+)
 def test_training_goes_on_as_if_not_stopped(way, make, saved_after, tmp_path):
     model = made(way, make)
     train(model, 0, saved_after)

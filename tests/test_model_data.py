@@ -121,10 +121,11 @@ def test_unknown_cardinality_makes_no_phantom_step_in_any_execution(mode, execut
 
 @unknown_length
 @pytest.mark.parametrize("way", ACROSS_STEPS)
+@pytest.mark.parametrize("execution", ["graph", "steps_per_execution"], indirect=True)
 def test_unknown_cardinality_makes_no_phantom_update_where_nothing_accumulates(way, execution):
     # Plain Keras makes one an epoch in a graph, which decays and overwrites weights.
     results = []
-    for kind in (dataset, filtered, from_generator):
+    for kind in (dataset, from_generator):
         model = dense_model()
         optimizer = keras.optimizers.AdamW(
             0.05, weight_decay=0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3
@@ -137,7 +138,7 @@ def test_unknown_cardinality_makes_no_phantom_update_where_nothing_accumulates(w
         model.fit(kind(regression_data(8)[:2], 4), epochs=4, verbose=0, shuffle=False)
         assert int(model.optimizer.iterations) == 8
         results.append(state_of([*model.weights, *optimizer.variables]))
-    assert difference(results[1], results[0]) == difference(results[2], results[0]) == 0.0
+    assert difference(*results) == 0.0
 
 
 def test_a_python_generator_trains_as_arrays_do(large_batch, mode):

@@ -15,7 +15,6 @@ from tests.oracle import (
     in_way,
     momentum_and_mse,
     regression_data,
-    state_of,
 )
 
 
@@ -122,41 +121,6 @@ def test_callbacks_see_an_epochs_last_update(mode, as_list):
     for (_, expected, plain_updates), (_, weights, updates) in zip(*seen, strict=True):
         assert difference(weights, expected) < 2e-6
         assert updates == plain_updates
-
-
-def test_keras_callbacks_work_as_with_a_plain_model(mode, tmp_path):
-    x, y, _ = regression_data(16)
-    results = []
-    for name in ("plain", mode):
-        model, batch_size = dense_model(), EFFECTIVE
-        if name == mode:
-            model, _, batch_size = in_way(mode, model)
-        model.compile(keras.optimizers.SGD(0.1), loss="mse")
-        path = str(tmp_path / f"{name}.weights.h5")
-        history = model.fit(
-            x,
-            y,
-            batch_size,
-            8,
-            0,
-            [
-                keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 2.0),
-                keras.callbacks.ReduceLROnPlateau("loss", 0.5, patience=1),
-                keras.callbacks.ModelCheckpoint(path, "loss", 0, True, True),
-                keras.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True),
-            ],
-            shuffle=False,
-        ).history
-        best = dense_model()
-        best.load_weights(path)
-        results.append((state_of(model.weights), state_of(best.weights), history))
-    (weights, best, history), (own_weights, own_best, own_history) = results
-    assert len(history["loss"]) < 8  # stopped early, so that the best weights were restored
-    assert own_history.keys() == history.keys()
-    for name, values in history.items():
-        assert own_history[name] == pytest.approx(values, rel=1e-5), name
-    assert difference(own_weights, weights) < 5e-6
-    assert difference(own_best, best) < 5e-6
 
 
 class CountedCalls(keras.layers.Layer):

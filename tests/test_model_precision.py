@@ -7,7 +7,6 @@ import pytest
 from gradient_accumulator_tf import GradientAccumulateOptimizer
 from tests.oracle import (
     EFFECTIVE,
-    EXECUTIONS,
     MICRO,
     assert_trains_as_large_batch,
     dense_model,
@@ -103,11 +102,9 @@ def scaled_momentum_and_mse(**kwargs):
     [
         ("mixed_float16", "graph"),
         ("mixed_float16", "jit"),
-        ("mixed_float16", "steps_per_execution"),
-        ("mixed_bfloat16", "graph"),
         ("mixed_bfloat16", "eager"),
     ],
-    indirect=["policy"],
+    indirect=["policy", "execution"],
 )
 def test_mixed_precision_trains_as_the_large_batch_to_its_rounding(policy, execution):
     x, y, weights = regression_data(26)
@@ -116,7 +113,7 @@ def test_mixed_precision_trains_as_the_large_batch_to_its_rounding(policy, execu
         x,
         y,
         sample_weight=weights,
-        compile_with=lambda: scaled_momentum_and_mse(**EXECUTIONS[execution]),
+        compile_with=lambda: scaled_momentum_and_mse(**execution),
         # Half of the last place of a float16, or of a bfloat16, that is near 1; a few of them.
         tolerance=2e-3 if policy == "mixed_float16" else 2e-2,
     )

@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from tests.oracle import (
-    ACROSS_STEPS,
     EFFECTIVE,
     MICRO,
     WAYS,
@@ -79,7 +78,17 @@ def _data(dtype="float64"):
     return regression_data(2 * EFFECTIVE, dtype=dtype)[:2]
 
 
+# The wrappers of the optimizer and of the model across steps are one where a strategy is asked.
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "way, execution",
+    [
+        *(pytest.param(way, "graph", marks=pytest.mark.fast) for way in WAYS),
+        *(("optimizer", execution) for execution in ("eager", "jit", "steps_per_execution")),
+        *(("micro_batch_size", execution) for execution in ("eager", "jit")),
+    ],
+    indirect=["execution"],
+)
 def test_equals_the_large_batch_in_every_execution(way, execution):
     weights, state = large_batch()
     strategy = STRATEGIES["mirrored"]()
@@ -91,14 +100,19 @@ def test_equals_the_large_batch_in_every_execution(way, execution):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["multi_worker", "one_device"])
+@pytest.mark.parametrize(
+    "name, way",
+    [*(("multi_worker", way) for way in WAYS), ("one_device", "micro_batch_size")],
+)
 def test_equals_the_large_batch_under_every_strategy(name, way):
     model = trained(way, STRATEGIES[name](), everything_per_update, _data(), 2)
     assert difference(model.get_weights(), large_batch()[0]) < 1e-12
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("policy", ["drop_micro_batch", "drop_cycle"])
+@pytest.mark.parametrize(
+    "policy, way", [*(("drop_micro_batch", way) for way in WAYS), ("drop_cycle", "optimizer")]
+)
 def test_what_is_not_finite_is_dropped(policy, way):
     x, y = _data()
     large, _ = compiled("plain", tf.distribute.get_strategy(), momentum)
@@ -174,8 +188,10 @@ def test_a_loop_of_ones_own_with_weights_and_a_partial_cycle(eager):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("way", ACROSS_STEPS)
-@pytest.mark.parametrize("copy", ["checkpoint", "keras_file"])
+@pytest.mark.parametrize(
+    "copy, way",
+    [("checkpoint", "optimizer"), ("checkpoint", "accum_steps"), ("keras_file", "accum_steps")],
+)
 def test_resumes_in_mid_cycle(copy, way, tmp_path):
     x, y = _data()
     strategy = STRATEGIES["mirrored"]()
@@ -224,8 +240,9 @@ def normalised_model(synchronized=False):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["mirrored", "multi_worker"])
-@pytest.mark.parametrize("examples", [2 * EFFECTIVE, 2 * EFFECTIVE - 2])
+@pytest.mark.parametrize(
+    "name, examples", [("mirrored", 2 * EFFECTIVE - 2), ("multi_worker", 2 * EFFECTIVE)]
+)
 def test_layers_that_synchronise_have_nothing_to_wait_for(name, examples):
     # In the loop over micro-batches, where several replicas may not.
     data = [a[:examples] for a in _data()]

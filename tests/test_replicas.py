@@ -65,14 +65,13 @@ def _large(name):
     return model.get_weights(), state_of(model.optimizer.variables)
 
 
-# Every other optimizer is in the contract of replicas, and every loop on one device in its tests.
+# Every other optimizer is in the contract of replicas, and a strategy of one device in
+# test_one_device.py.
 @pytest.mark.parametrize(
     "name, eager, strategy",
     [
         pytest.param("adam", False, "mirrored", marks=pytest.mark.fast),
-        ("clipnorm", False, "mirrored"),
-        ("adam", True, "mirrored"),
-        ("global_clipnorm", True, "mirrored"),
+        ("clipnorm", True, "mirrored"),
         ("global_clipnorm", False, "one_device"),
     ],
     indirect=["strategy"],
@@ -88,7 +87,16 @@ def test_equals_the_large_batch_of_one_device(way, name, eager, strategy):
     assert difference(state_of(optimizer.variables), state) < 1e-6
 
 
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
+@pytest.mark.parametrize(
+    "reduction, strategy",
+    [
+        ("sum_over_batch_size", "mirrored"),
+        ("mean_with_sample_weight", "mirrored"),
+        ("sum", "mirrored"),
+        ("mean_with_sample_weight", "one_device"),
+    ],
+    indirect=["strategy"],
+)
 def test_uneven_replicas_give_the_large_batchs_mean(mode, reduction, strategy):
     # The last effective batch has 11 examples: 6 and 5, and the last micro-batch 2 and 1.
     if mode == "micro_batch_size" and strategy.num_replicas_in_sync > 1 and KERAS < (3, 10):
@@ -126,7 +134,7 @@ def _masked_model():
     )
 
 
-def test_masked_tokens_are_counted_over_replicas(mode, strategy):
+def test_masked_tokens_are_counted_over_replicas(mode):
     # Not Adam, which squares the plain embedding's sparse gradients before it sums them.
     sgd = lambda: keras.optimizers.SGD(0.5, momentum=0.9)  # noqa: E731
     rng = np.random.default_rng(0)
@@ -134,7 +142,7 @@ def test_masked_tokens_are_counted_over_replicas(mode, strategy):
     x[np.arange(7) >= rng.integers(1, 8, size=(64, 1))] = 0
     y = rng.normal(size=(64, 7, 1)).astype("float32")
     large, _ = _plain(sgd, "mse", {"x": x, "y": y}, model=_masked_model)
-    model = _compiled(mode, sgd, "mse", strategy, model=_masked_model)
+    model = _compiled(mode, sgd, "mse", mirrored(), model=_masked_model)
     model.fit(x, y, batch_size=SIZE[mode], epochs=2, shuffle=False, verbose=0)
     assert difference(model.get_weights(), large.get_weights()) < 2e-6
 
@@ -203,6 +211,7 @@ def test_mid_cycle_state_is_the_sum_over_replicas(copy, strategy, tmp_path):
     assert difference(resumed.get_weights(), large.get_weights()) < 1e-6
 
 
+@pytest.mark.parametrize("way", ["optimizer", "micro_batch_size"])
 def test_four_replicas(way):
     x, y, _ = regression_data(96)
     large, _ = _plain(OPTIMIZERS["adam"], "mse", {"x": x, "y": y})

@@ -40,7 +40,7 @@ def _train_on_replicas(way, strategy, x, y, make_optimizer, model=dense_model):
 
 
 @pytest.mark.usefixtures("mixed_float16")
-@pytest.mark.parametrize("overflowing", [[], [2], [7], [3, 4, 14]])
+@pytest.mark.parametrize("overflowing", [[2], [3, 4, 14]])
 def test_an_overflow_on_any_replica_drops_the_update_and_halves_the_scale_once(way, overflowing):
     # Of each four examples of a micro-batch, the last two are replica 1's.
     x, y, _ = regression_data(3 * LARGE)

@@ -82,7 +82,7 @@ def test_frozen_and_compiled_again_the_optimizer_goes_on(way, execution):
     "way, execution",
     [
         *(("accum_steps", execution) for execution in EXECUTIONS),
-        *(("optimizer", execution) for execution in ("graph", "eager")),
+        ("optimizer", "graph"),
     ],
     indirect=["execution"],
 )
@@ -178,8 +178,7 @@ def test_what_is_given_a_gradient_is_trained_as_by_keras(graph):
     assert (float(a), float(b)) == (-7.0, -14.0)
 
 
-@pytest.mark.parametrize("how", ["fit", "train_on_batch"])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen, how", [(False, "fit"), (True, "train_on_batch")])
 def test_without_a_new_compile_it_is_an_error(mode, frozen, how):
     model, batch_size = _make(mode, keras.optimizers.SGD(), frozen)
     _fit(model, batch_size, seed=1)

@@ -93,13 +93,13 @@ def compiled(mode, model=None, **compile_with):
     return model, batch_size
 
 
-def test_what_a_model_does_in_its_own_fit_and_compile_is_done(execution):
+def test_what_a_model_does_in_its_own_fit_and_compile_is_done(graph_or_jit):
     x, y, weights = large_inputs()
     model = assert_trains_as_large_batch(
         tenth,
         x,
         y,
-        compile_with=lambda: execution,
+        compile_with=lambda: graph_or_jit,
         sample_weight=weights,
         validation_data=(x, y),
     )
@@ -351,8 +351,16 @@ def watched(cls=Watched):
     return model
 
 
-@pytest.mark.parametrize("cls", [Watched, Relisted])
-def test_metrics_of_the_model_are_in_the_logs_and_reset(graph_or_jit, cls):
+@pytest.mark.parametrize(
+    "cls, execution",
+    [
+        pytest.param(Watched, "graph", marks=pytest.mark.fast),
+        (Watched, "jit"),
+        (Relisted, "graph"),
+    ],
+    indirect=["execution"],
+)
+def test_metrics_of_the_model_are_in_the_logs_and_reset(execution, cls):
     x, y, _ = regression_data(24)
     model = assert_trains_as_large_batch(
         lambda: watched(cls),
@@ -361,7 +369,7 @@ def test_metrics_of_the_model_are_in_the_logs_and_reset(graph_or_jit, cls):
         compile_with=lambda: {
             "optimizer": keras.optimizers.SGD(0.05),
             "loss": "mse",
-            **graph_or_jit,
+            **execution,
         },
         epochs=3,
         validation_data=(x[:8], y[:8]),
