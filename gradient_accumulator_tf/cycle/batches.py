@@ -38,16 +38,23 @@ def check_shared_inputs(value):
     )
     received = f"Received: shared_inputs={value!r}"
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{rule} {received} (of type {type(value).__name__}).")
+        kind = type(value).__name__
+        raise TypeError(f"{rule} {received} (of type {kind}). Pass a list of these.")
     entries = []
     for entry in value:
         path = tuple(entry) if isinstance(entry, (list, tuple)) else (entry,)
         for key in path:
             if isinstance(key, bool) or not isinstance(key, (str, numbers.Integral)):
-                raise TypeError(f"{rule} {received}, with {key!r} (of type {type(key).__name__}).")
+                kind = type(key).__name__
+                raise TypeError(
+                    f"{rule} {received}, with {key!r} (of type {kind}). Pass an integer for a list "
+                    "or tuple, and a string for a dict."
+                )
         path = tuple(key if isinstance(key, str) else int(key) for key in path)
-        if not path or any(isinstance(key, int) and key < 0 for key in path):
-            raise ValueError(f"{rule} {received}, with {entry!r}. Count from 0.")
+        if not path:
+            raise ValueError(f"{rule} {received}, with {entry!r}. Leave the empty one out.")
+        if any(isinstance(key, int) and key < 0 for key in path):
+            raise ValueError(f"{rule} {received}, with {entry!r}. Count positions from 0.")
         entries.append(path if len(path) > 1 else path[0])
     return tuple(entries)
 

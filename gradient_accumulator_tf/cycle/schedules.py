@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf._checks import LARGEST_INT, check_steps
+from gradient_accumulator_tf._checks import LARGEST_INT, check_positive_int, check_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -127,10 +127,7 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
             raise ValueError(
                 f"{rule}. Received: the update {max(steps)}. Pass at most {LARGEST_INT}."
             )
-        self.steps = {
-            int(update): check_steps(steps[update], f"from update {update}")
-            for update in sorted(steps)
-        }
+        self.steps = {int(update): _steps_from(update, steps) for update in sorted(steps)}
 
     def __call__(self, update: Any) -> Any:
         """Steps of the phase that an update is in; see the base class."""
@@ -144,6 +141,16 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
     def get_config(self) -> dict[str, Any]:
         """The phases, as pairs."""
         return {"steps": [list(phase) for phase in self.steps.items()]}
+
+
+def _steps_from(update, steps):
+    """The steps of the phase that begins with `update`, checked."""
+    return check_positive_int(
+        f"accum_steps[{update}]",
+        steps[update],
+        f"micro-batches per update, from update {update} on",
+        f"Pass {{{update}: 1}} for a phase without accumulation.",
+    )
 
 
 def _hashable(update):

@@ -66,8 +66,8 @@ def _mode_of(accum_steps, micro_batch_size):
         raise ValueError(
             "Exactly one of `accum_steps` (fit's batch is the micro-batch) and "
             "`micro_batch_size` (fit's batch is the effective batch) must be given. "
-            f"Received: accum_steps={accum_steps!r}, micro_batch_size={micro_batch_size!r}. "
-            "If the effective batch can be loaded at once, pass micro_batch_size."
+            f"Received: accum_steps={accum_steps!r}, micro_batch_size={micro_batch_size!r}. Pass "
+            "micro_batch_size if the effective batch can be loaded at once, or else accum_steps."
         )
     return WithinStep(micro_batch_size) if accum_steps is None else AcrossSteps(accum_steps)
 

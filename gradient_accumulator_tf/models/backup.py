@@ -138,7 +138,11 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def _read(self, folder, logs):
         if len(os.listdir(folder)) < 2:  # Keras would restore what is there
-            raise FileNotFoundError(f"{folder!r} must hold two files, weights and epoch.")
+            raise FileNotFoundError(
+                "A backup must hold two files, one of weights and one of the epoch. Received: "
+                f"{folder!r} with {os.listdir(folder)}. Delete {str(self.backup_dir)!r} to train "
+                "from the start."
+            )
         _keras.use_backup_folder(self, folder)
         super().on_train_begin(logs)
 

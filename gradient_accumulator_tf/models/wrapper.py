@@ -182,13 +182,14 @@ def _wrapped_model(cls, inputs, outputs, model):
     if not isinstance(model, keras.Model):
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise TypeError(
-            f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Models of "
-            "tf_keras (Keras 2) cannot be wrapped: build it with `keras` instead."
+            f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Make it with "
+            "keras.Model or keras.Sequential. One of tf_keras (Keras 2) cannot be wrapped."
         )
     if functional:
         raise ValueError(
             "Either `model` or `inputs` and `outputs` must be given, not both. "
-            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}."
+            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}. Pass `model` "
+            "alone, or `inputs` and `outputs` alone."
         )
     if isinstance(model, ModelWrapper):
         inside = " or wrap the model in it, model.model," if model.model is not None else ""
