@@ -103,7 +103,7 @@ class ModelWrapper(_keras.AnswersForModel, keras.Model):
     @property
     def input_dtype(self) -> str:
         """The dtype of the wrapped model's inputs, or of inputs to a layer of this policy."""
-        graph = self.model is not None and _keras.is_functional(self.model) and self.model.built
+        graph = self.model is not None and _keras.has_graph(self.model)
         dtypes = {tensor.dtype for tensor in self.model.inputs} if graph else ()
         return next(iter(dtypes)) if len(dtypes) == 1 else super().input_dtype
 
