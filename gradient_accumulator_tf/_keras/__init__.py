@@ -62,6 +62,7 @@ from gradient_accumulator_tf._keras.patches import (
 )
 from gradient_accumulator_tf._keras.substitutes import (
     activity_regularizers_by_rank,
+    added_losses_of_each_replica,
     recorded_vectors,
     replaced_added_losses,
     replaced_losses,
@@ -87,6 +88,7 @@ __all__ = [
     "Graph",
     "GraphNode",
     "activity_regularizers_by_rank",
+    "added_losses_of_each_replica",
     "adopt_call_arguments",
     "all_layers",
     "assign_on_replica",
