@@ -27,6 +27,7 @@ from gradient_accumulator_tf._keras.graphs import (
     attributes_of,
     become,
     graph_of,
+    has_graph,
     held_layers,
     held_layers_by_path,
     is_functional,
@@ -63,6 +64,7 @@ from gradient_accumulator_tf._keras.patches import (
 )
 from gradient_accumulator_tf._keras.substitutes import (
     activity_regularizers_by_rank,
+    added_losses_of_each_replica,
     recorded_vectors,
     replaced_added_losses,
     replaced_losses,
@@ -88,6 +90,7 @@ __all__ = [
     "Graph",
     "GraphNode",
     "activity_regularizers_by_rank",
+    "added_losses_of_each_replica",
     "adopt_call_arguments",
     "all_layers",
     "assign_on_replica",
@@ -103,6 +106,7 @@ __all__ = [
     "copied_optimizer",
     "gradients_over_replicas",
     "graph_of",
+    "has_graph",
     "held_layers",
     "held_layers_by_path",
     "innermost",

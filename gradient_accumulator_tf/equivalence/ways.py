@@ -295,7 +295,8 @@ def check_model(model):
     if not isinstance(model, keras.Model):
         raise TypeError(
             "`model` must be a compiled Keras 3 model, or a function that returns one. "
-            f"Received: {model!r} (of type {type(model).__name__})."
+            f"Received: {model!r} (of type {type(model).__name__}). Pass the model that `fit` "
+            "trains, or a function of no arguments that makes it."
         )
     if not model.compiled or model.optimizer is None:
         raise ValueError(

@@ -67,8 +67,8 @@ def _mode_of(accum_steps, micro_batch_size):
         raise ValueError(
             "Exactly one of `accum_steps` (fit's batch is the micro-batch) and "
             "`micro_batch_size` (fit's batch is the effective batch) must be given. "
-            f"Received: accum_steps={accum_steps!r}, micro_batch_size={micro_batch_size!r}. "
-            "If the effective batch can be loaded at once, pass micro_batch_size."
+            f"Received: accum_steps={accum_steps!r}, micro_batch_size={micro_batch_size!r}. Pass "
+            "micro_batch_size if the effective batch can be loaded at once, or else accum_steps."
         )
     return WithinStep(micro_batch_size) if accum_steps is None else AcrossSteps(accum_steps)
 
@@ -84,25 +84,27 @@ _ANOTHER = (
 class GradientAccumulateModel(ModelWrapper):
     """A Keras model that trains on effective batches in micro-batches.
 
-    Exactly one of two modes:
+    It has two modes, and takes the argument of exactly one:
 
     - `micro_batch_size`: the batch given to `fit` is the effective batch. Each training step
       cuts it into micro-batches, runs them one after the other, and updates once. Steps per
       epoch, learning-rate schedules, callbacks and logs are those of the large batch. Peak memory
       is that of one micro-batch, and one copy of the gradients.
-    - `accum_steps`: the batch given to `fit` is the micro-batch, and every `accum_steps`-th batch
-      updates, with the mean over all of them. What is left at the end of an epoch, before its
-      validation, is an update too. For data that comes in micro-batches, or whose effective
-      batch does not fit even as input.
+    - `accum_steps`: the batch given to `fit` is the micro-batch. Every `accum_steps`-th batch
+      updates, with the mean over all of them. A partial cycle at the end of an epoch is an update
+      too, made before the validation. This mode is for data that comes in micro-batches, and for
+      an effective batch that does not fit even as input.
 
-    The update equals that of the plain model on the effective batch, for any last batch: the loss
-    of each micro-batch counts for what Keras divided it by (examples; unmasked tokens under a
-    mask; the weights' sum for the reduction "mean_with_sample_weight"), and regularisers count
-    once. A tensor that `add_loss` was given unreduced is summed, as Keras does. A scalar given to
+    The update equals that of the plain model on the effective batch, for any last batch. The loss
+    of each micro-batch counts for what Keras divided it by: examples, unmasked tokens under a
+    mask, or the sum of the weights for the reduction "mean_with_sample_weight". Regularisers count
+    once. A tensor that `add_loss` gets unreduced is summed, as Keras does. A scalar given to
     `add_loss` counts as a mean over the examples, and so does what a `compute_loss` of your own
-    returns. (A scalar that is a sum: `self.add_loss(keras.ops.reshape(total, (1,)))`.) The update
-    does not equal it where a layer looks across examples (BatchNormalization normalises by the
-    micro-batch, unless `batch_norm="exact"`) or draws random numbers (Dropout draws others).
+    returns. For a scalar that is a sum, call `self.add_loss(keras.ops.reshape(total, (1,)))`.
+
+    The update differs where a layer looks across examples or draws random numbers.
+    BatchNormalization normalises by the micro-batch, unless `batch_norm="exact"`. Dropout draws
+    other numbers.
 
     ```python
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
@@ -111,8 +113,8 @@ class GradientAccumulateModel(ModelWrapper):
     model.fit(np.ones((256, 8)), np.ones((256, 1)), batch_size=128)
     ```
 
-    It is built around a model (`model=`), from a functional model's ends (`inputs=`,
-    `outputs=`), or as a base class in place of `keras.Model`:
+    It takes a model (`model=`), or the ends of a functional model (`inputs=`, `outputs=`). It is
+    also a base class that takes the place of `keras.Model`:
 
     ```python
     class MyModel(GradientAccumulateModel):
@@ -124,14 +126,14 @@ class GradientAccumulateModel(ModelWrapper):
             return self.dense(inputs)
     ```
 
-    Around a model, layers and variables are that model's own, not copies: `weights`, `layers`,
-    `summary()`, `save_weights()` and `export()` are those of the plain model, whose weight files
-    are interchangeable, and what is not found on the wrapper is looked up on it, and set on it.
-    Its metrics are in the logs. A `fit`, a `compile` and the like of the model's own class run, and
-    end in this class's, so that KerasHub's tasks take strings and images as they do by themselves.
+    Around a model, layers and variables are that model's own, not copies. `weights`, `layers`,
+    `summary()`, `save_weights()` and `export()` are those of the plain model, so weight files are
+    interchangeable. An attribute that the wrapper does not have is read from the model, and set
+    on it. The model's metrics are in the logs. A `fit`, a `compile` and the like of the model's
+    own class run, and end in this class's. So KerasHub's tasks take strings and images as ever.
 
     Args:
-        model_or_inputs: The model to train, as `model`; or `inputs`. By position.
+        model_or_inputs: `model` or `inputs`, by position.
         outputs: Outputs of a functional model, as for `keras.Model`.
         inputs: Its inputs.
         model: A `keras.Model` to train instead: functional, Sequential or subclassed.
@@ -139,12 +141,12 @@ class GradientAccumulateModel(ModelWrapper):
             `GradientAccumulateOptimizer`.
         micro_batch_size: Integer >= 1, examples per micro-batch (per replica).
         batch_norm: With `micro_batch_size`, what trainable batch norms of Keras's
-            `BatchNormalization` or `AccumBatchNorm` normalise by: "micro_batch" (default), or
-            "exact", which is by the whole effective batch (of a replica, unless
-            `synchronized=True`), forward and backward. With it the update is the large batch's,
-            moving statistics included. It is for functional and Sequential models, and keeps what
-            batch norms wait with for all examples of the effective batch: 28 to 74 % of what the
-            large batch takes per example, measured on five nets.
+            `BatchNormalization` or `AccumBatchNorm` normalise by: "micro_batch" (default) or
+            "exact". "exact" is the whole effective batch (of a replica, unless
+            `synchronized=True`), forward and backward. The update, with the moving statistics, is
+            then the large batch's. "exact" is for functional and Sequential models. It keeps what
+            enters a batch norm, or passes it by, for all examples of the effective batch: 28 to
+            74 % of what the large batch takes per example, measured on five nets.
         coupled_loss: With `micro_batch_size`, whether the loss compares examples (contrastive
             losses, Dice over the batch, a loss that divides by its own mask). False (default)
             computes it for each micro-batch. True computes it once, from the outputs of all
@@ -153,13 +155,13 @@ class GradientAccumulateModel(ModelWrapper):
             any loss. It costs one more forward pass, and keeps the outputs of all examples. Each
             output must have one row for each example.
         non_finite: "propagate" (default), "drop_micro_batch" or "drop_cycle"; as for
-            `GradientAccumulateOptimizer`. What was dropped is in the logs of an epoch, whose loss
+            `GradientAccumulateOptimizer`. The logs of an epoch count what was dropped. Their loss
             is then the mean over what was finite.
         shared_inputs: List of the inputs that belong to every example (a graph, a bank of
-            negatives), by their positions or keys in `x`: `[1]`, `["bank"]`; `[("graph", 0)]`
-            for what is nested, where `["graph"]` is all that is in it. Each micro-batch gets them
-            whole. Every other tensor of a batch must have one row for each example; only
-            scalars, and tensors of one row in a batch of several examples, are for all as well.
+            negatives), by their positions or keys in `x`: `[1]`, `["bank"]`. A tuple reaches what
+            is nested: `[("graph", 0)]`, while `["graph"]` is all that is in it. Each micro-batch
+            gets them whole. Every other tensor of a batch must have one row for each example.
+            Only scalars, and one row in a batch of several examples, belong to all as well.
         name: As for `keras.Model`, and so are the four below.
         trainable: Whether its variables are trained.
         dtype: Dtype or dtype policy.

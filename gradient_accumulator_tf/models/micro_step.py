@@ -96,7 +96,11 @@ def find_loss(model, micro_batch, predict, effective=None):
     weighed = None if effective is None else effective.weighed
     times = None if weighed is None else by_identity(sample_weight, weighed)
     finite_only = policy_of(model.non_finite).finite_only
-    with model_ends_cycle(finite_only), tf.GradientTape(persistent=True) as tape:
+    with (
+        model_ends_cycle(finite_only),
+        _keras.added_losses_of_each_replica(model),
+        tf.GradientTape(persistent=True) as tape,
+    ):
         _keras.clear_added_losses(model)
         y_pred = predict(tape)
         recorder = LossRecorder(tape, effective is not None, examples, times)

@@ -139,8 +139,12 @@ class AdaptiveGradientClipping(OptimizerWrapper):
                 f"{type(optimizer).__name__}(AdaptiveGradientClipping(...), accum_steps=...)."
             )
         check_does_not_accumulate(optimizer)
-        clip_factor = check_number("clip_factor", clip_factor)
-        epsilon = check_number("epsilon", epsilon)
+        clip_factor = check_number(
+            "clip_factor", clip_factor, "Pass for example clip_factor=0.01, as in the paper."
+        )
+        epsilon = check_number(
+            "epsilon", epsilon, "Pass for example epsilon=1e-3, as in the paper."
+        )
         exclude = _checked_patterns(exclude)
         axes_of_units = _checked_unit_axes({} if unit_axes is None else unit_axes)
         example = "AdaptiveGradientClipping(keras.optimizers.SGD(clipnorm=1.0))"
