@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import FixedAttribute, check_choice
 from gradient_accumulator_tf._keras.patches import hook_into_models
-from gradient_accumulator_tf.cycle.accumulator import CycleUpdate, GradientAccumulator, NoSums
 from gradient_accumulator_tf.cycle.gradients import Contribution
-from gradient_accumulator_tf.cycle.non_finite import PROPAGATE, NoDrops, NonFinite, policy_of
+from gradient_accumulator_tf.cycle.non_finite import PROPAGATE, NonFinite, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
     AccumSteps,
     check_accum_steps,
@@ -24,24 +20,11 @@ from gradient_accumulator_tf.cycle.schedules import (
     serialize_accum_steps,
 )
 from gradient_accumulator_tf.cycle.weights import checked_weight
-from gradient_accumulator_tf.optimizers.checkpoint_notes import CheckpointNotes
+from gradient_accumulator_tf.optimizers.cycle import Cycle, cycle_of, cycle_of_model
 from gradient_accumulator_tf.optimizers.cycle_length import CycleLength
-from gradient_accumulator_tf.optimizers.traces import Traces
-from gradient_accumulator_tf.optimizers.trained_variables import TrainedVariables
-from gradient_accumulator_tf.optimizers.update_order import one_by_one
-from gradient_accumulator_tf.optimizers.wrapper import (
-    OptimizerWrapper,
-    as_it_is,
-    check_does_not_accumulate,
-    check_optimizer,
-)
-from gradient_accumulator_tf.replicated.replicas import (
-    check_made_under,
-    check_strategy,
-    number_of_replicas,
-    prepare_fit,
-)
-from gradient_accumulator_tf.replicated.variables import outside_of_tracing
+from gradient_accumulator_tf.optimizers.saved_cycle import SavedCycle
+from gradient_accumulator_tf.optimizers.wrapper import OptimizerWrapper, as_it_is
+from gradient_accumulator_tf.replicated.replicas import check_strategy, prepare_fit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -155,25 +138,18 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         accum_steps = check_accum_steps(accum_steps, "micro-batches per update")
         check_choice("reduction", reduction, ("mean", "sum"))
         policy = policy_of(non_finite)
-        optimizer = _checked_inner_optimizer(optimizer)
         check_strategy()
+        super().__init__(optimizer, name, kwargs)
         prepare_fit()
-        example = "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8)"
-        super().__init__(optimizer, name, kwargs, example)
-        self._length = CycleLength(accum_steps)
         self._reduction = reduction
-        self._policy = policy
-        self._trained = TrainedVariables(self)
-        self._accumulator = self._no_sums()
-        self._drops = NoDrops()
-        self._loss_scaler: Callable[[], Any] | None = None
-        self._followers: Callable[[], Any] = tuple
-        self._state_to_load: dict[str, Any] | None = None
-        self._weights_to_set: list[Any] | None = None
-        self._groups_to_make = 0
-        self._strategy = tf.distribute.get_strategy()
-        self.traces = Traces()
-        self._notes = CheckpointNotes(self._write_notes, self._read_notes)
+        self._cycle = Cycle(self, CycleLength(accum_steps), policy, self._track)
+        self._saved = SavedCycle(self, self._cycle)
+        self._notes = self._saved.notes
+        self._track()
+
+    def _track(self):
+        """Keeps what has variables in attributes, whose names are the ones in checkpoints."""
+        self._accumulator, self._drops = self._cycle.accumulator, self._cycle.drops
 
     @property
     def accum_steps(self) -> Any:
@@ -188,11 +164,11 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             ValueError: On setting it to less than 1; or to more, where there are no sums and a
                 `tf.function` of your own was traced without them.
         """
-        return self._length.accum_steps
+        return self._cycle.length.accum_steps
 
     @accum_steps.setter
     def accum_steps(self, value: int) -> None:
-        self._take_accum_steps(self._length.checked(value, type(self).__name__))
+        self._cycle.set_steps(self._cycle.length.checked(value, type(self).__name__))
 
     @property
     def steps_in_cycle(self) -> tf.Tensor:
@@ -203,30 +179,13 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         """
         return self._accumulator.in_cycle()[1]
 
-    @property
-    def accumulates(self) -> bool:
-        """Whether gradients are added up.
-
-        False if every gradient goes straight to the inner optimizer (`accum_steps=1`, one replica,
-        `non_finite="propagate"`). With several replicas `accum_steps=1` accumulates too: gradients
-        are summed over replicas before clipping, and weighed by every replica's examples.
-        """
-        if self.built:
-            return self._accumulator.keeps_sums
-        if self._groups_to_make or _holds_open_cycle(self._state_to_load or {}):
-            return True
-        if any(weight.dtype == bool for weight in self._weights_to_set or ()):
-            return True  # only sums have such a variable: which of them were begun
-        one_by_one = self.accum_steps == 1 and self._policy is PROPAGATE
-        return not one_by_one or number_of_replicas() > 1
-
     reduction = FixedAttribute[str](
         "_reduction",
         'What an update takes of the gradients of a cycle, "mean" or "sum".',
         _ANOTHER,
     )
     non_finite = FixedAttribute[str](
-        "_policy.name", "What becomes of gradients that are not finite.", _ANOTHER
+        "_cycle.policy.name", "What becomes of gradients that are not finite.", _ANOTHER
     )
 
     @property
@@ -292,7 +251,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         `LossScaleOptimizer` is not told of them, as it saves by number.
         """
         further = self._accumulator.variables_of_further_groups
-        further = further if self._loss_scaler is None else []
+        further = further if self._cycle.loss_scaler is None else []
         return [*self._variables_from_build, *further]
 
     @property
@@ -307,32 +266,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             variables: List of the trainable variables, Keras's or TensorFlow's.
 
         Raises:
-            ValueError: If the inner optimizer was made under another strategy.
+            ValueError: If the inner optimizer accumulates, or was made under another strategy.
         """
+        super().build(variables)
         if self.built:
-            return
-        variables = list(variables)
-        if not variables:
-            return  # as where Keras loads a legacy HDF5 file, before it knows of any
-        check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
-        check_does_not_accumulate(self.inner_optimizer)
-        with outside_of_tracing():
-            if not self.inner_optimizer.built:
-                self.inner_optimizer.build(variables)
-        self._trainable_variables = variables
-        self._trained = TrainedVariables(self, variables)
-        if self.accumulates:
-            self._make_sums()
-        self.built = True
-        if self._state_to_load is not None:
-            # Once and now, also where Keras builds the optimizer in a graph.
-            with tf.init_scope():
-                self._load_state(self._state_to_load)
-            self._state_to_load = None
-        if self._weights_to_set is not None:
-            weights, self._weights_to_set = self._weights_to_set, None
-            with tf.init_scope():
-                self.set_weights(weights)
+            self._saved.load_kept()
+
+    def _make_variables(self, variables):
+        self._cycle.build(variables)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets `variables` from a list of arrays in the same order; before `build`, at `build`.
@@ -340,11 +281,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         The list may hold the sums of an open cycle for more denominators than there are yet.
         """
         if not self.built:
-            # Past `__setattr__`, which would take the list for state to save.
-            self.__dict__["_weights_to_set"] = [np.array(w) for w in weights]
+            self._saved.keep_weights(weights)
             return
         if len(weights) > len(self.variables):
-            self._begin_to_accumulate()
+            self._cycle.begin_to_accumulate()
             self._accumulator.make_groups_for(len(weights) - len(self._variables_from_build))
         super().set_weights(weights)
 
@@ -364,10 +304,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             ValueError: If the inner optimizer cannot be copied by its config.
         """
         variables = list(variables)
-        indices = self._trained.indices_of(variables)
+        indices = self._cycle.indices_of(variables)
         if not self.built or None not in indices:
             return
-        with self._in_strategy():
+        with self._cycle.in_strategy():
             try:
                 copy = _keras.rebuilt_optimizer(self.inner_optimizer, variables)
             except (TypeError, ValueError) as error:
@@ -376,8 +316,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                     f"{type(self.inner_optimizer).__name__}, which failed with: {error} Compile "
                     "with a new optimizer."
                 ) from error
-            accumulator, self._accumulator = self._accumulator, self._no_sums()
-            self._groups_to_make = accumulator.number_of_groups
+            accumulator = self._cycle.build_anew()
             self.inner_optimizer, self.built = copy, False
             self.build(variables)
             if accumulator.keeps_sums:
@@ -393,9 +332,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         Returns:
             `iterations`, the number of updates.
         """
-        gradients, variables = zip(*grads_and_vars, strict=True)
-        self.apply(gradients, variables, weight=weight)
-        return self.iterations
+        return self._apply_pairs(grads_and_vars, weight=weight)
 
     @as_it_is
     def apply(
@@ -427,61 +364,20 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         grads = list(grads)
         if not grads:
             return
-        weight = checked_weight(weight, finite=not self._policy.finite_only)
+        variables = self._given_or_known(trainable_variables)
+        weight = checked_weight(weight, finite=not self._cycle.policy.finite_only)
         contribution = Contribution(grads, weight, averaged=self._reduction == "mean")
-        self.apply_contributions([contribution], trainable_variables)
-
-    def apply_contributions(
-        self,
-        contributions: Sequence[Contribution],
-        trainable_variables: Iterable[Any] | None = None,
-    ) -> None:
-        """`apply` for a micro-batch whose loss has several denominators.
-
-        Args:
-            contributions: List of `Contribution`, always in one order. One only if there is
-                nothing to accumulate: with `accum_steps=1` on one replica.
-            trainable_variables: The variables of each contribution's gradients; as for `apply`.
-        """
-        aligned = [
-            c._replace(gradients=self._aligned(c.gradients, trainable_variables))
-            for c in contributions
-        ]
-        contributions, dropped = self._policy.screen(aligned)
-        self._accumulator.take(
-            contributions, dropped, lambda: self._length.next(self.iterations), self._cycle_update()
-        )
+        self._cycle.take([contribution], variables)
 
     @as_it_is
     def flush(self) -> None:
         """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
-        with self._in_strategy():
-            self._accumulator.flush(self._cycle_update())
+        self._cycle.flush()
 
     @as_it_is
     def reset(self) -> None:
         """Drops what a partial cycle holds, without an update."""
-        with self._in_strategy():
-            self._accumulator.drop()
-            for follower in self._followers():
-                follower.reset()
-
-    def lead(self, followers: Sequence[Any]) -> None:
-        """Tells other state of a cycle when it ends.
-
-        Args:
-            followers: List of objects with `end_cycle()`, called on every replica in each update,
-                and `reset()`, called when a partial cycle is dropped.
-        """
-        self._followers = lambda: followers
-
-    def scaled_by(self, loss_scaler: Any) -> None:
-        """Takes gradients scaled by the `LossScaleOptimizer` that is around this optimizer.
-
-        They are summed as they are. At the update the loss scaler looks at the mean, divides it
-        by its scale or drops it, and changes the scale, as it does for a large batch.
-        """
-        self._loss_scaler = weakref.ref(loss_scaler)
+        self._cycle.drop()
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Flushes a partial cycle, then finalizes the inner optimizer; `fit` calls it last."""
@@ -494,25 +390,12 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         A file written between cycles is thus the inner optimizer's own, and loads into it, unless
         there is more to tell: `accum_steps`, if it was set, and what was dropped.
         """
-        self.inner_optimizer.save_own_variables(store)
-        if int(self.micro_step):
-            for name, variable in self._accumulator.state.items():
-                store[name] = variable.numpy()
-        if self._length.set_by_hand is not None:
-            store["accum_steps"] = np.int64(self._length.set_by_hand)
-        dropped = self._drops.state
-        if any(int(variable.numpy()) for variable in dropped.values()):
-            for name, variable in dropped.items():
-                store[name] = variable.numpy()
+        super().save_own_variables(store)
+        self._saved.write(store)
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what this optimizer or its inner optimizer wrote; before `build`, at `build`."""
-        state = {name: np.array(store[name]) for name in store.keys()}
-        if self.built:
-            self._load_state(state)
-        else:
-            self._state_to_load = state
-            self._take_saved_steps(state.get("accum_steps"))
+        self._saved.read(store)
 
     def get_config(self) -> dict[str, Any]:
         """Config with the serialised inner optimizer."""
@@ -520,7 +403,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             **super().get_config(),
             "accum_steps": serialize_accum_steps(self.accum_steps),
             "reduction": self._reduction,
-            "non_finite": self._policy.name,
+            "non_finite": self.non_finite,
         }
 
     @classmethod
@@ -531,154 +414,13 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
         return super().from_config({**config, "accum_steps": steps}, custom_objects)
 
-    def _take_accum_steps(self, steps):
-        if self.built and steps > 1:
-            self._begin_to_accumulate()
-        self._length.set(steps)
-
-    def _take_saved_steps(self, steps):
-        """Takes the number of a file, or None, unless the constructor was given a schedule."""
-        if steps is not None and not self._length.is_schedule:
-            self._take_accum_steps(int(steps))
-
-    def _no_sums(self):
-        def note():
-            if self.built:
-                self.traces.note()
-
-        return NoSums(lambda: self.iterations, note)
-
-    def _make_sums(self):
-        accumulator = GradientAccumulator(self._trainable_variables)
-        accumulator.make_groups(self._groups_to_make)
-        if self.built and self.iterations.numpy():
-            accumulator.steps_in_cycle.assign(1)  # the last micro-batch was a cycle
-        # A checkpoint that was restored before writes its values here.
-        self._accumulator = accumulator
-        if isinstance(self._drops, NoDrops):
-            self._drops = self._policy.new_counts()
-        self._length.make_variable()
-
-    def _begin_to_accumulate(self):
-        """Makes the sums of an optimizer that was built without, unless it has them by now."""
-        if self._accumulator.keeps_sums:
-            return
-        if self.traces.of_users:
-            raise ValueError(
-                "A tf.function that was traced with accum_steps=1 keeps no sums, and cannot begin "
-                "to accumulate. Received: more than one micro-batch per update, for an optimizer "
-                "that such a function of your own calls. Trace a new function with "
-                f"{type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), which keeps "
-                "the inner optimizer's state; or begin with the schedule accum_steps={0: 1, ...}."
-            )
-        with self._in_strategy(), tf.init_scope():
-            self._make_sums()
-        self.traces.renew(accumulating_optimizer_of)
-
-    def _write_notes(self):
-        groups = self._accumulator.number_of_groups
-        return {"accum_steps": self._length.set_by_hand, "groups": groups}
-
-    def _read_notes(self, notes):
-        """Makes ready for the variables of a checkpoint."""
-        self._take_saved_steps(notes["accum_steps"])
-        self._groups_to_make = notes["groups"]
-        if not self.built:
-            return
-        if self._groups_to_make:
-            self._begin_to_accumulate()
-            self._accumulator.make_groups(self._groups_to_make)
-        else:
-            self._accumulator.drop()
-
     def _shown_arguments(self):
         shown = {"accum_steps": self.accum_steps}
         if self._reduction != "mean":
             shown["reduction"] = self._reduction
-        if self._policy is not PROPAGATE:
-            shown["non_finite"] = self._policy.name
+        if self.non_finite != PROPAGATE.name:
+            shown["non_finite"] = self.non_finite
         return shown
-
-    def _aligned(self, grads, variables):
-        """The gradients in the order of the variables that the optimizer was built with."""
-        if variables is None:
-            if not self.built:
-                raise ValueError(
-                    "The optimizer must be built before `apply` is called without "
-                    "`trainable_variables`. Received: gradients only. Pass the variables, or "
-                    "call `optimizer.build(model.trainable_variables)` first."
-                )
-            variables = self._trainable_variables
-        variables = list(variables)
-        if not self.built:
-            self.build(variables)
-        return self._trained.aligned(grads, variables)
-
-    def _in_strategy(self):
-        """The scope of the strategy that the variables were made in, where none is entered."""
-        if tf.distribute.has_strategy():
-            return contextlib.nullcontext()
-        return self._strategy.scope()
-
-    def _cycle_update(self):
-        return CycleUpdate(of_sums=self._end_cycle, at_once=self._apply_to_inner)
-
-    def _end_cycle(self, run, received):
-        """Updates with the cycle's means and starts a new cycle; see `Accumulator.take`."""
-        accumulator = self._accumulator
-
-        def start_anew():
-            accumulator.reset()
-            for follower in self._followers():
-                follower.end_cycle()
-
-        def update(indices, certain):
-            def result():
-                micro_steps = tf.cast(accumulator.micro_step.value(), tf.float64)
-                everywhere = micro_steps * number_of_replicas()
-                return *accumulator.finish(indices, certain), everywhere
-
-            self._drops.update_across(run, result, self._apply_to_inner, self._scaler())
-            run(start_anew)
-
-        accumulator.if_received(self._trained.movable, received, update)
-
-    def _apply_to_inner(self, gradients):
-        """Hands gradients that are summed over replicas to the inner optimizer.
-
-        By way of the loss scaler, if there is one.
-        """
-        scaler = self._scaler()
-        optimizer = self.inner_optimizer
-        if scaler is not None:
-            optimizer = _keras.scaler_around(scaler, optimizer)
-        movable = self._trained.movable
-        trained = [
-            (gradient, variable)
-            for i, (gradient, variable) in enumerate(
-                zip(gradients, self._trainable_variables, strict=True)
-            )
-            if gradient is not None or i in movable
-        ]
-        if trained:
-            with _keras.replicas_agree(self.inner_optimizer), one_by_one(optimizer):
-                optimizer.apply(*map(list, zip(*trained, strict=True)))
-
-    def _scaler(self):
-        """The `LossScaleOptimizer` around this optimizer, or None; Keras saves properties."""
-        return None if self._loss_scaler is None else self._loss_scaler()
-
-    def _load_state(self, state):
-        # The inner optimizer names its variables "0", "1", ...
-        own = {name: value for name, value in state.items() if not name.isdecimal()}
-        self.inner_optimizer.load_own_variables({k: v for k, v in state.items() if k not in own})
-        self._take_saved_steps(own.get("accum_steps"))
-        if _holds_open_cycle(own):
-            self._begin_to_accumulate()
-        for name, variable in self._drops.state.items():
-            variable.assign(own.get(name, 0))
-        if self._accumulator.keeps_sums:
-            self._accumulator.load(own)
 
 
 def accumulating_optimizer(optimizer):
@@ -694,17 +436,5 @@ def accumulating_optimizer_of(model):
     return accumulating_optimizer(vars(model).get("optimizer"))
 
 
-def _holds_open_cycle(state):
-    """Whether a dict of what was saved has the sums of a cycle in it."""
-    return "micro_step" in state
-
-
-def _checked_inner_optimizer(optimizer):
-    """The Keras optimizer that `optimizer` names, or an error that says what to pass."""
-    optimizer = check_optimizer(optimizer, "LossScaleOptimizer(GradientAccumulateOptimizer(...))")
-    check_does_not_accumulate(optimizer)
-    return optimizer
-
-
-_keras.route_loss_scaling(GradientAccumulateOptimizer)
-hook_into_models(keras.Model, accumulating_optimizer_of)
+_keras.route_loss_scaling(GradientAccumulateOptimizer, cycle_of)
+hook_into_models(keras.Model, cycle_of_model)

@@ -13,13 +13,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import check_number
 from gradient_accumulator_tf.cycle.gradients import accumulation_dtype
-from gradient_accumulator_tf.optimizers.wrapper import (
-    OptimizerWrapper,
-    as_it_is,
-    check_does_not_accumulate,
-    check_optimizer,
-)
-from gradient_accumulator_tf.replicated.replicas import check_made_under
+from gradient_accumulator_tf.optimizers.wrapper import OptimizerWrapper, as_it_is
 
 # The axes that count a kernel's units, where it is not the last one alone.
 UNIT_AXES = {
@@ -124,6 +118,7 @@ class AdaptiveGradientClipping(OptimizerWrapper):
     def __init__(
         self,
         optimizer: Any,
+        *,
         clip_factor: float = 0.01,
         epsilon: float = 1e-3,
         exclude: Iterable[str | keras.Layer] = (),
@@ -131,39 +126,37 @@ class AdaptiveGradientClipping(OptimizerWrapper):
         name: str | None = None,
         **kwargs: NoReturn,
     ) -> None:
-        optimizer = check_optimizer(optimizer, "LossScaleOptimizer(AdaptiveGradientClipping(...))")
-        if hasattr(optimizer, "accum_steps"):
+        if isinstance(optimizer, OptimizerWrapper) and hasattr(optimizer, "accum_steps"):
             raise ValueError(
                 "Adaptive gradient clipping acts on the mean over a cycle, so its place is inside "
                 f"of the accumulation. Received: {type(optimizer).__name__}. Pass "
                 f"{type(optimizer).__name__}(AdaptiveGradientClipping(...), accum_steps=...)."
             )
-        check_does_not_accumulate(optimizer)
         clip_factor = check_number("clip_factor", clip_factor)
         epsilon = check_number("epsilon", epsilon)
         exclude = _checked_patterns(exclude)
         axes_of_units = _checked_unit_axes({} if unit_axes is None else unit_axes)
-        example = "AdaptiveGradientClipping(keras.optimizers.SGD(clipnorm=1.0))"
-        super().__init__(optimizer, name, kwargs, example)
+        super().__init__(optimizer, name, kwargs)
         self._clip_factor = clip_factor
         self._epsilon = epsilon
         self._exclude = exclude
         self._unit_axes = axes_of_units
 
-    def build(self, variables: Iterable[Any]) -> None:
-        """Creates the inner optimizer's variables.
-
-        Args:
-            variables: List of the trainable variables.
-
-        Raises:
-            ValueError: If an entry of `exclude` or `unit_axes` matches none of them, or one of
-                `unit_axes` a kernel of fewer axes.
-        """
-        if self.built:
+    @as_it_is
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Clips the gradients and hands them to the inner optimizer; as for a Keras optimizer."""
+        grads = list(grads)
+        if not grads:
             return
-        variables = list(variables)
-        check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
+        variables = self._given_or_known(trainable_variables)
+        self.build(variables)
+        grads = _keras.gradients_over_replicas(self.inner_optimizer, grads, variables)
+        clipped = [self._clip(g, v) for g, v in zip(grads, variables, strict=True)]
+        with _keras.replicas_agree(self.inner_optimizer):
+            self.inner_optimizer.apply(clipped, variables)
+
+    def _check_variables(self, variables):
+        """Raises ValueError if a pattern matches no variable, or names axes that one has not."""
         paths = [_path(v) for v in variables]
         for argument in ("exclude", "unit_axes"):
             for pattern in getattr(self, f"_{argument}"):
@@ -174,38 +167,6 @@ class AdaptiveGradientClipping(OptimizerWrapper):
                     )
         for variable, path in zip(variables, paths, strict=True):
             self._check_unit_axes(len(variable.shape), path)
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
-        self._trainable_variables = variables
-        self.built = True
-
-    @as_it_is
-    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
-        """Clips the gradients and hands them to the inner optimizer; as for a Keras optimizer."""
-        grads = list(grads)
-        if not grads:
-            return
-        if trainable_variables is None:
-            if not self.built:
-                raise ValueError(
-                    "The optimizer must be built before `apply` is called without "
-                    "`trainable_variables`. Received: gradients only. Pass the variables, or "
-                    "call `optimizer.build(model.trainable_variables)` first."
-                )
-            trainable_variables = self._trainable_variables
-        variables = list(trainable_variables)
-        if not self.built:
-            self.build(variables)
-        grads = _keras.gradients_over_replicas(self.inner_optimizer, grads, variables)
-        clipped = [self._clip(g, v) for g, v in zip(grads, variables, strict=True)]
-        with _keras.replicas_agree(self.inner_optimizer):
-            self.inner_optimizer.apply(clipped, variables)
-
-    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> Any:
-        """`apply` for pairs of (gradient, variable); returns `iterations`."""
-        gradients, variables = zip(*grads_and_vars, strict=True)
-        self.apply(gradients, variables)
-        return self.iterations
 
     def _clip(self, gradient, variable):
         path = _path(variable)
@@ -241,14 +202,6 @@ class AdaptiveGradientClipping(OptimizerWrapper):
                 f"{axes!r} for {pattern!r}, which matches {path!r} of rank {rank}. Pass axes from "
                 f"{-rank} to -1, or an expression that does not match it."
             )
-
-    def save_own_variables(self, store: Any) -> None:
-        """Writes the inner optimizer's state as it would itself."""
-        self.inner_optimizer.save_own_variables(store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Reads what this optimizer or its inner optimizer wrote."""
-        self.inner_optimizer.load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:
         """Config with the serialised inner optimizer."""
