@@ -15,7 +15,7 @@ from gradient_accumulator_tf._checks import check_number
 from gradient_accumulator_tf.cycle.gradients import accumulation_dtype
 from gradient_accumulator_tf.optimizers.wrapper import OptimizerWrapper, as_it_is
 
-# The axes that count a kernel's units, where it is not the last one alone.
+# The axes that count a kernel's units. For all other kernels it is the last axis.
 UNIT_AXES = {
     r"depthwise|dwconv|conv_dw": (-2, -1),
     r"transpose": (-2,),
@@ -26,11 +26,11 @@ UNIT_AXES = {
 def unit_norms(tensor, unit_axes=(-1,)):
     """Euclidean norm of the weights of each unit, in a shape that broadcasts to `tensor`'s.
 
-    Of a tensor with fewer than two axes longer than 1 (biases, gains) it is the norm of the whole.
+    A tensor with fewer than two axes longer than 1 (a bias, a gain) is one unit.
 
     Args:
         tensor: Tensor of static shape.
-        unit_axes: Axes that count the units; the norm is over all others.
+        unit_axes: Axes that count the units. The norm is taken over all others.
     """
     rank = tensor.shape.rank
     units = {axis % rank for axis in unit_axes} if rank else set()
@@ -43,7 +43,7 @@ def unit_norms(tensor, unit_axes=(-1,)):
 
 
 def clip_units(gradient, weights, clip_factor, epsilon, unit_axes=(-1,)):
-    """`gradient`, each unit's part scaled down to `clip_factor` times the norm of its weights.
+    """Scales down each unit's gradient to at most `clip_factor` times the norm of its weights.
 
         g_i  ->  g_i min(1, clip_factor max(||w_i||, epsilon) / ||g_i||)
 
@@ -51,7 +51,7 @@ def clip_units(gradient, weights, clip_factor, epsilon, unit_axes=(-1,)):
         gradient: Tensor of the weights' shape.
         weights: Tensor.
         clip_factor: The largest ratio of the two norms.
-        epsilon: The least norm of weights, so that a unit of zeros can learn.
+        epsilon: The least norm of weights. With it a unit of zeros can learn.
         unit_axes: See `unit_norms`.
     """
     largest = clip_factor * tf.maximum(unit_norms(weights, unit_axes), epsilon)
@@ -64,15 +64,17 @@ def clip_units(gradient, weights, clip_factor, epsilon, unit_axes=(-1,)):
 class AdaptiveGradientClipping(OptimizerWrapper):
     """An optimizer that clips each unit's gradient to a fraction of the norm of its weights.
 
-    For unit i of a layer (one output of a dense layer, one filter of a convolution) with weights
-    `w_i` and gradient `g_i`:
+    A unit is one output of a dense layer, or one filter of a convolution. The gradient `g_i` of a
+    unit with weights `w_i` becomes
 
         g_i  ->  g_i min(1, clip_factor max(||w_i||, epsilon) / ||g_i||)
 
-    before the inner optimizer, whose own clipping comes after. Inside of either wrapper it clips
-    the mean over the cycle and all replicas, and the result equals that of this optimizer on the
-    effective batch; clipping each micro-batch would not. By itself it clips what Keras would:
-    under a strategy, the sum over replicas.
+    Then it goes to the inner optimizer. If that clips as well, it clips after this optimizer.
+
+    Put it inside of the accumulation. There it clips the mean over the cycle and all replicas, and
+    the result equals that of this optimizer on the effective batch. Clipping each micro-batch
+    gives another result. Without accumulation it clips what Keras would clip: under a strategy,
+    the sum over replicas.
 
     ```python
     clipped = AdaptiveGradientClipping(
@@ -81,34 +83,40 @@ class AdaptiveGradientClipping(OptimizerWrapper):
     optimizer = GradientAccumulateOptimizer(clipped, accum_steps=8)
     ```
 
-    The units of a kernel are its last axis: `(inputs, units)` of a dense layer, `(height, width,
-    inputs, filters)` of a convolution. Of a depthwise kernel they are its last two axes, of a
-    transposed convolution its last but one, and of the query, key and value kernels of attention
-    its heads and their features; these are told by the names of the variable and its layer. A
-    bias or gain is one unit.
+    The units of a kernel are counted by its last axis: `(inputs, units)` of a dense layer,
+    `(height, width, inputs, filters)` of a convolution. There are three exceptions, which are
+    told by the names of the variable and its layer:
+
+    - a depthwise kernel: its last two axes;
+    - a transposed convolution: its last axis but one;
+    - query, key and value kernels of attention: the heads and their features.
+
+    A bias or a gain is one unit.
 
     Args:
         optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
-        clip_factor: Number > 0 (default 0.01, as in the paper for batches of 4096; larger
-            ones suit smaller batches).
+        clip_factor: Number > 0 (default 0.01), the largest norm of a unit's gradient, divided by
+            the norm of its weights. The paper uses the default for batches of 4096. A larger
+            number suits smaller batches.
         epsilon: Number > 0 (default 1e-3), the least norm of weights.
-        exclude: List of what is not clipped: regular expressions, searched in the variables'
-            paths (such as `"bias"`, or `"predictions"` for the layer of that name), or layers.
-            The paper leaves out the last layer.
-        unit_axes: Dict of the axes that count units by a regular expression, searched in the
-            names of a variable's layer and the variable itself ("my_layer/kernel"), ahead of the
-            rules above. The axes are negative integers, one or a list.
+        exclude: List of what is not clipped. An entry is a layer, or a regular expression that is
+            searched in the paths of variables, such as `"bias"`, or `"predictions"` for the layer
+            of that name. The paper excludes the last layer.
+        unit_axes: Dict of a regular expression to the axes that count units: a negative integer,
+            or a list of them. The expression is searched in the names of a variable's layer and
+            of the variable ("my_layer/kernel"). It takes precedence over the rules above.
         name: Optional name.
-        **kwargs: None is taken.
+        **kwargs: Not accepted. Set clipping, weight decay and moving averages on the inner
+            optimizer.
 
     Attributes:
         inner_optimizer: The wrapped optimizer.
 
     Raises:
-        TypeError: If `optimizer` is not a Keras 3 optimizer, or an argument of another type.
-        ValueError: If a number is not positive, the inner optimizer accumulates or scales losses;
-            and from `build`, if an entry of `exclude` or `unit_axes` matches no variable, or one
-            of `unit_axes` a kernel of fewer axes.
+        TypeError: If `optimizer` is not a Keras 3 optimizer, or an argument has another type.
+        ValueError: If a number is not positive, or if the inner optimizer accumulates or scales
+            losses. From `build`: if an entry of `exclude` or `unit_axes` matches no variable, or
+            if `unit_axes` names an axis that the kernel does not have.
 
     Reference:
         [Brock et al., 2021](https://arxiv.org/abs/2102.06171), High-performance large-scale image
@@ -128,8 +136,8 @@ class AdaptiveGradientClipping(OptimizerWrapper):
     ) -> None:
         if isinstance(optimizer, OptimizerWrapper) and hasattr(optimizer, "accum_steps"):
             raise ValueError(
-                "Adaptive gradient clipping acts on the mean over a cycle, so its place is inside "
-                f"of the accumulation. Received: {type(optimizer).__name__}. Pass "
+                "Adaptive gradient clipping acts on the mean over a cycle. Its place is inside of "
+                f"the accumulation. Received: {type(optimizer).__name__}. Pass "
                 f"{type(optimizer).__name__}(AdaptiveGradientClipping(...), accum_steps=...)."
             )
         clip_factor = check_number("clip_factor", clip_factor)
@@ -144,7 +152,16 @@ class AdaptiveGradientClipping(OptimizerWrapper):
 
     @as_it_is
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
-        """Clips the gradients and hands them to the inner optimizer; as for a Keras optimizer."""
+        """Clips the gradients and hands them to the inner optimizer.
+
+        Args:
+            grads: List of gradients: tensors, `tf.IndexedSlices`, or None.
+            trainable_variables: List of the variables in the same order. Needed in the first call
+                unless `build` was called.
+
+        Raises:
+            ValueError: If there are no variables, or as from `build`.
+        """
         grads = list(grads)
         if not grads:
             return
@@ -156,7 +173,7 @@ class AdaptiveGradientClipping(OptimizerWrapper):
             self.inner_optimizer.apply(clipped, variables)
 
     def _check_variables(self, variables):
-        """Raises ValueError if a pattern matches no variable, or names axes that one has not."""
+        """Raises ValueError if a pattern matches no variable, or if a variable lacks its axes."""
         paths = [_path(v) for v in variables]
         for argument in ("exclude", "unit_axes"):
             for pattern in getattr(self, f"_{argument}"):
@@ -171,12 +188,12 @@ class AdaptiveGradientClipping(OptimizerWrapper):
     def _clip(self, gradient, variable):
         path = _path(variable)
         excluded = any(re.search(pattern, path) for pattern in self._exclude)
-        # What such a variable is given is its new value.
+        # The "gradient" of such a variable is its new value.
         if gradient is None or excluded or getattr(variable, "overwrite_with_gradient", False):
             return gradient
         gradient = tf.convert_to_tensor(gradient)
         dtype = accumulation_dtype(gradient.dtype)
-        # The loss scale is on the gradient, and not on the weights.
+        # The gradient is multiplied by the loss scale, the weights are not.
         factor = self._clip_factor * (self.loss_scale_factor or 1.0)
         clipped = clip_units(
             tf.cast(gradient, dtype),
@@ -192,10 +209,10 @@ class AdaptiveGradientClipping(OptimizerWrapper):
         return rules.get(_matching([*self._unit_axes, *UNIT_AXES], path), (-1,))
 
     def _check_unit_axes(self, rank, path):
-        """Raises ValueError where a kernel has not the axes that the user names for it."""
+        """Raises ValueError if a kernel lacks an axis that the user names for it."""
         pattern = _matching(self._unit_axes, path)
         axes = self._unit_axes.get(pattern, ())
-        # A bias is one unit, whatever the pattern that it also matches is for.
+        # A bias is one unit, also if it matches the pattern for a kernel.
         if rank > 1 and any(axis < -rank for axis in axes):
             raise ValueError(
                 "`unit_axes` must name axes that the variable has. Received: "
@@ -215,7 +232,7 @@ class AdaptiveGradientClipping(OptimizerWrapper):
 
 
 def _matching(patterns, path):
-    """The first expression that is found in the names of a variable's layer and its own."""
+    """The first pattern that is found in "layer/variable", the end of a path; or None."""
     own = "/".join(path.split("/")[-2:])
     return next((pattern for pattern in patterns if re.search(pattern, own)), None)
 
@@ -225,7 +242,7 @@ def _path(variable):
 
 
 def _checked_patterns(exclude):
-    """Regular expressions, from a list of them and of layers."""
+    """A tuple of regular expressions, from a list of these and of layers."""
     rule = "`exclude` must be a list of regular expressions for paths of variables, and of layers."
     if isinstance(exclude, str) or not hasattr(exclude, "__iter__"):
         raise TypeError(f'{rule} Received: exclude={exclude!r}. Pass for example ["bias"].')

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf._checks import refuse_arguments
+from gradient_accumulator_tf._checks import is_of_older_keras, qualified_name, refuse_arguments
 from gradient_accumulator_tf.replicated.replicas import check_made_under
 from gradient_accumulator_tf.replicated.variables import outside_of_tracing
 
@@ -279,15 +279,14 @@ def _checked_optimizer(optimizer, wrapper):
         ValueError: If it is a LossScaleOptimizer.
     """
     if not isinstance(optimizer, (str, dict, keras.optimizers.Optimizer)):
-        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-        legacy = "tf_keras" in kind or "legacy" in kind or kind.startswith("tensorflow.python")
+        kind = qualified_name(optimizer)
         raise TypeError(
             "`optimizer` must be a Keras 3 optimizer, its name, or its config. "
             f"Received: {optimizer!r} (of type {kind}). "
             + (
                 "Optimizers of tf_keras (Keras 2), tf.compat.v1 or keras.optimizers.legacy "
                 "cannot be wrapped: pass the one of the same name from `keras.optimizers`."
-                if legacy
+                if is_of_older_keras(kind)
                 else 'Pass for example keras.optimizers.Adam(1e-3) or "adam".'
             )
         )
