@@ -1,4 +1,4 @@
-"""GradientAccumulateOptimizer: when to add a micro-batch's gradients, and when to update."""
+"""GradientAccumulateOptimizer: what a user and Keras call. Its work is done in `cycle.py`."""
 
 from __future__ import annotations
 
@@ -41,18 +41,24 @@ _ANOTHER = (
 class GradientAccumulateOptimizer(OptimizerWrapper):
     """A Keras optimizer that updates once every `accum_steps` calls, with the mean gradient.
 
-    The update is that of the inner optimizer on `sum_k w_k g_k / sum_k w_k`, where `g_k` is the
-    gradient that call k of the cycle was given and `w_k` its `weight` (1 unless given). Between
-    updates nothing moves: no weight, no slot, not `iterations`, no weight decay, no moving
+    A cycle is `accum_steps` calls. Its last call updates the inner optimizer once, with the mean
+
+        sum_k w_k g_k / sum_k w_k
+
+    where `g_k` is the gradient that call k was given, and `w_k` its `weight` (1 by default).
+    Between updates nothing moves: no weight, no slot, not `iterations`, no weight decay, no moving
     average. Clipping, weight decay and averaging act once, on the mean.
 
-    The result equals that of the inner optimizer on the effective batch if each `g_k` is the
-    gradient of a mean over micro-batch k and `w_k` is what that mean was divided by (examples, or
-    tokens); with equal micro-batches and no masks the default weight does. It does not if a
-    layer looks across examples (BatchNormalization) or draws random numbers (Dropout). Embedding
-    gradients (`tf.IndexedSlices`) are scattered into the sum, so that the update is the dense
-    gradient's: Adam on the sparse gradient of a large batch squares repeated rows before it sums
-    them, and differs.
+    The result equals that of the inner optimizer on the effective batch under two conditions:
+
+    - `g_k` is the gradient of a mean over micro-batch k, and `w_k` is what that mean was divided by
+      (examples, or tokens). The default weight is right if all micro-batches have the same size
+      and there are no masks.
+    - No layer looks across examples (BatchNormalization) or draws random numbers (Dropout).
+
+    Embedding gradients (`tf.IndexedSlices`) are scattered into the sum. So the update is that of
+    the dense gradient. Adam on the sparse gradient of a large batch differs from it: it squares
+    repeated rows before it adds them up.
 
     ```python
     x, y = np.ones((256, 8)), np.ones((256, 1))
@@ -62,7 +68,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     model.fit(x, y, batch_size=4)  # an update every 8 batches, so for every 32 examples
     ```
 
-    In a loop of your own, give each micro-batch's gradients to it and flush at the end:
+    `fit` leaves a partial cycle open at the end of an epoch. The cycle goes on in the next epoch.
+    At the end of the training `fit` flushes it: it updates with the mean over what is there.
+
+    A loop of your own passes each micro-batch's gradients to `apply`, and flushes at the end:
 
     ```python
     loss_fn = keras.losses.MeanSquaredError()
@@ -74,51 +83,48 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     optimizer.flush()
     ```
 
-    `fit` leaves a partial cycle open at the end of an epoch, so that a cycle may go on in the
-    next one, and flushes at the end of the fit.
-
-    If a variable gets no gradient (None) in a whole cycle, it is left alone as by Keras. Within
-    `tf.function`, where only the traced call is known, this holds if the variables without a
-    gradient in the call that ends the cycle all got none in that cycle; otherwise the mean of
-    each of them is taken, which is zero for one that got none.
+    A variable that gets no gradient (None) in a whole cycle is not updated, as in Keras. There is
+    one exception, in a `tf.function`, which knows only the call that is traced: if some variables
+    without a gradient in the call that ends the cycle got one earlier in the cycle, all of them
+    are updated with their mean. The mean is zero for a variable that got none.
 
     Args:
         optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
-        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer, until
-            another number is set. Or a schedule: a dict `{first_update: steps}`, or a callable of
-            the number of updates, such as an `AccumStepsSchedule`. A cycle keeps the length that
-            it began with.
-        reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`; "sum" with
-            `sum_k w_k g_k`, which is the effective batch's gradient if the loss sums over
+        accum_steps: The micro-batches per update: an integer >= 1, or a schedule. With 1 the
+            optimizer is the inner optimizer, until another number is set. A schedule is a dict
+            `{first_update: steps}`, or a callable of the number of updates, such as an
+            `AccumStepsSchedule`. A cycle keeps the length that it began with.
+        reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`. "sum" updates with
+            `sum_k w_k g_k`, which is the effective batch's gradient if the loss is a sum over
             examples.
-        non_finite: What becomes of gradients that hold an inf or a nan. "propagate" (default)
-            updates with them, as the large batch would. "drop_micro_batch" leaves a micro-batch
+        non_finite: What happens to gradients that contain an inf or a nan. "propagate" (default)
+            updates with them, as the large batch would. "drop_micro_batch" leaves the micro-batch
             out of the mean: its weight is 0. "drop_cycle" makes no update with a mean that is
-            not finite. Nor does "drop_micro_batch" where nothing finite is left.
+            not finite. "drop_micro_batch" makes none if no micro-batch of the cycle is finite.
         name: Optional name.
         **kwargs: Not accepted. Set clipping, weight decay, moving averages and the loss scale on
             the inner optimizer.
 
     Attributes:
         inner_optimizer: The wrapped optimizer.
-        accum_steps: Micro-batches per update; an integer can be set, between fits or within one.
+        accum_steps: Micro-batches per update. An integer can be set, between fits or within one.
         steps_in_cycle: int64 scalar tensor, the micro-batches that the current cycle takes.
         reduction: "mean" or "sum".
         non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
         dropped_micro_steps: int64 scalar tensor, the micro-batches that were dropped, over all
-            replicas; counted as their cycle ends.
+            replicas. They are counted when their cycle ends.
         dropped_cycles: int64 scalar tensor, the cycles that ended without an update.
         iterations: int64 scalar variable, the number of updates.
         micro_step: int64 scalar tensor, the micro-batches in the current cycle.
         just_updated: Scalar bool tensor, whether the last `apply` ended in an update.
         ended_in_update: The same as a bool, for callbacks.
-        learning_rate: The inner optimizer's; can be set.
+        learning_rate: The inner optimizer's. It can be set.
 
     Raises:
         TypeError: If `accum_steps` is neither an integer nor a schedule that can be traced, or
-            `optimizer` not a Keras 3 optimizer.
-        ValueError: If `accum_steps` < 1, the inner optimizer accumulates or scales losses, or
-            the strategy in force is a ParameterServerStrategy or CentralStorageStrategy.
+            if `optimizer` is not a Keras 3 optimizer.
+        ValueError: If `accum_steps` < 1, if the inner optimizer accumulates or scales losses, or
+            if the strategy in force is a ParameterServerStrategy or CentralStorageStrategy.
 
     Reference:
         Design of accumulation as an optimizer: [optax.MultiSteps](
@@ -155,14 +161,14 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def accum_steps(self) -> Any:
         """Micro-batches per update: an integer, which can be set, or a schedule.
 
-        What is set holds from the next cycle on, without a new trace. An optimizer that was built
-        with `accum_steps=1` keeps no sums until another number is set: then it makes them, and
-        the models that it trains make their training step anew.
+        A number that is set holds from the next cycle on, without a new trace. An optimizer that
+        was built with `accum_steps=1` keeps no sums until another number is set. Then it makes
+        them, and the models that it trains make their training step anew.
 
         Raises:
             TypeError: On setting it to anything but an integer, or in place of a schedule.
-            ValueError: On setting it to less than 1; or to more, where there are no sums and a
-                `tf.function` of your own was traced without them.
+            ValueError: On setting it to less than 1; or to more than 1, if there are no sums and
+                a `tf.function` of your own was traced without them.
         """
         return self._cycle.length.accum_steps
 
@@ -174,8 +180,8 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def steps_in_cycle(self) -> tf.Tensor:
         """int64 scalar tensor: micro-batches in the current cycle once it is complete.
 
-        Between cycles it is the last one's; 0 before the first and after `reset`. Always 1 if the
-        optimizer keeps no sums (`accum_steps=1`).
+        Between cycles it is the last cycle's. It is 0 before the first cycle and after `reset`. It
+        is always 1 if the optimizer keeps no sums (`accum_steps=1`).
         """
         return self._accumulator.in_cycle()[1]
 
@@ -207,11 +213,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def just_updated(self) -> tf.Tensor:
         """Scalar bool tensor: whether the last `apply` (or `flush`) ended a cycle in an update.
 
-        For a `train_step` of your own: what a plain one does after each update, do where it holds.
-        It is right in eager code, in a `tf.function` behind the `apply` in it, under XLA and on
-        every replica. False before the first `apply` and after `reset`. An update that was
-        dropped, by a loss scale or by `non_finite`, ended its cycle as well: a large batch's
-        `train_step` would go on all the same.
+        A `train_step` of your own needs it for what it does after each update. It is right in
+        eager code, in a `tf.function` after `apply`, under XLA and on every replica. It is False
+        before the first `apply` and after `reset`. It is True also if the update was dropped, by a
+        loss scale or by `non_finite`: a large batch's `train_step` would go on as well.
 
         ```python
         variable, average = tf.Variable(1.0), tf.Variable(1.0)
@@ -228,11 +233,11 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def ended_in_update(self) -> bool:
         """Whether the last micro-batch ended its cycle in an update: a bool, for callbacks.
 
-        With `steps_per_execution` callbacks see only the last of several batches; `iterations`
-        tells of the others. An update that a loss scale dropped ended its cycle as well.
+        With `steps_per_execution` callbacks see only the last of several batches. `iterations`
+        counts the updates of the others. It is True also if a loss scale dropped the update.
 
         Raises:
-            RuntimeError: Within a `tf.function`, where `just_updated` tells.
+            RuntimeError: Within a `tf.function`. Read `just_updated` there.
         """
         if not tf.executing_eagerly():
             raise RuntimeError(
@@ -246,9 +251,9 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def variables(self) -> list[Any]:
         """The inner optimizer's variables, then those of the cycle.
 
-        The same from build on, but for an optimizer that kept no sums and begins to, and for the
-        sums for further denominators. These come with the losses that need them. A
-        `LossScaleOptimizer` is not told of them, as it saves by number.
+        The list is complete after `build`, with two exceptions. An optimizer that kept no sums may
+        begin to. Sums for further denominators come with the losses that need them. A
+        `LossScaleOptimizer` does not see the latter, because it saves variables by number.
         """
         further = self._accumulator.variables_of_further_groups
         further = further if self._cycle.loss_scaler is None else []
@@ -276,9 +281,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._cycle.build(variables)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets `variables` from a list of arrays in the same order; before `build`, at `build`.
+        """Sets `variables` from a list of arrays in the same order.
 
-        The list may hold the sums of an open cycle for more denominators than there are yet.
+        Before `build` the list is kept, and set by `build`. It may hold the sums of an open cycle
+        for more denominators than there are yet.
         """
         if not self.built:
             self._saved.keep_weights(weights)
@@ -289,16 +295,17 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         super().set_weights(weights)
 
     def rebuild(self, variables: Iterable[Any]) -> None:
-        """Takes variables that it was not built with, and keeps what it knows of the others.
+        """Takes variables that it was not built with, and keeps the state of the others.
 
-        For a model of which some variables were made trainable, before it is compiled again with
-        this optimizer; a `GradientAccumulateModel` calls it in `compile`. Kept are the number of
-        updates, the learning rate, and the slots and sums of the variables that it has already;
-        those that are not among `variables` are forgotten. The inner optimizer is replaced by a
-        copy. Functions that were traced before must not be called again.
+        Call it if some variables of a model were made trainable, before the model is compiled
+        again with this optimizer. `GradientAccumulateModel.compile` does so by itself. The
+        optimizer keeps the number of updates, the learning rate, and the slots and sums of the
+        variables that it has already. It forgets those that are not among `variables`. A copy
+        takes the place of the inner optimizer. Functions that were traced before must not be
+        called again.
 
         Args:
-            variables: List of all trainable variables. Nothing is done if none is new.
+            variables: List of all trainable variables. Nothing happens if none is new.
 
         Raises:
             ValueError: If the inner optimizer cannot be copied by its config.
@@ -346,20 +353,21 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         Args:
             grads: List of gradients: tensors in the variables' shapes, `tf.IndexedSlices`, or
                 None for a variable that this micro-batch does not reach.
-            trainable_variables: List of the variables in the same order; needed in the first
+            trainable_variables: List of the variables in the same order. Needed in the first
                 call unless `build` was called.
-            weight: Scalar, 0 or from 1e-20 to 1e20 (a number or a tensor of any real dtype), that
-                this micro-batch counts for in the cycle's mean: its examples or tokens. None
-                counts as 1. What counts 0 adds nothing, whatever its gradients are; a cycle of
-                nothing else is an update with gradients of zero, as by the large batch.
+            weight: Scalar, a number or a tensor of any real dtype: what this micro-batch counts
+                for in the cycle's mean, such as its examples or tokens. It is 0, or from 1e-20 to
+                1e20. None counts as 1. A micro-batch that counts 0 adds nothing, whatever its
+                gradients are. A cycle of such micro-batches alone is an update with gradients of
+                zero, as with the large batch.
 
         Raises:
-            TypeError: If `weight` is no real number.
-            ValueError: If a variable is not among those the optimizer was built with, a gradient
-                has not the shape of its variable, all gradients are None, or `weight` is another
-                number or no scalar.
-            tf.errors.InvalidArgumentError: If `weight` is a tensor of another number, when it is
-                known. XLA cannot raise, and updates with nan.
+            TypeError: If `weight` is not a real number.
+            ValueError: If a variable is not among those that the optimizer was built with, if a
+                gradient does not have the shape of its variable, if all gradients are None, or if
+                `weight` is not a scalar or out of range.
+            tf.errors.InvalidArgumentError: If `weight` is a tensor whose value is out of range.
+                It is raised when the value is known. XLA cannot raise, and updates with nan.
         """
         grads = list(grads)
         if not grads:
@@ -371,7 +379,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
 
     @as_it_is
     def flush(self) -> None:
-        """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
+        """Updates with the mean over a partial cycle, if there is one. A new cycle begins."""
         self._cycle.flush()
 
     @as_it_is
@@ -380,21 +388,21 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         self._cycle.drop()
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Flushes a partial cycle, then finalizes the inner optimizer; `fit` calls it last."""
+        """Flushes a partial cycle, then finalizes the inner optimizer. `fit` calls it last."""
         self.flush()
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the inner optimizer's state as it would itself and, in mid-cycle, the cycle's.
 
-        A file written between cycles is thus the inner optimizer's own, and loads into it, unless
-        there is more to tell: `accum_steps`, if it was set, and what was dropped.
+        So a file that is written between cycles is the inner optimizer's, and loads into it. It
+        has more only if `accum_steps` was set, or if something was dropped.
         """
         super().save_own_variables(store)
         self._saved.write(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what this optimizer or its inner optimizer wrote; before `build`, at `build`."""
+        """Reads what this optimizer or its inner optimizer wrote. Before `build`, `build` does."""
         self._saved.read(store)
 
     def get_config(self) -> dict[str, Any]:

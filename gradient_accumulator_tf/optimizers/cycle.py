@@ -159,7 +159,7 @@ class Cycle:
         self.accumulator.take(contributions, dropped, self._steps_of_next, self._update())
 
     def flush(self):
-        """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
+        """Updates with the mean over a partial cycle, if there is one. A new cycle begins."""
         with self.in_strategy():
             self.accumulator.flush(self._update())
 
