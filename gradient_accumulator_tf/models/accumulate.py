@@ -16,7 +16,6 @@ from gradient_accumulator_tf._checks import (
     refuse_arguments,
     similar_name,
 )
-from gradient_accumulator_tf._keras.patches import held_by
 from gradient_accumulator_tf.cycle.batches import check_shared_inputs
 from gradient_accumulator_tf.cycle.non_finite import NonFinite, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
@@ -35,6 +34,7 @@ from gradient_accumulator_tf.optimizers.accumulate import (
     accumulating_optimizer,
     accumulating_optimizer_of,
 )
+from gradient_accumulator_tf.optimizers.cycle import cycle_of
 from gradient_accumulator_tf.replicated.replicas import (
     check_made_under,
     check_strategy,
@@ -513,7 +513,7 @@ class GradientAccumulateModel(ModelWrapper):
         current = accumulating_optimizer_of(self)
         if current is None or optimizer in (current, self.optimizer):
             return
-        held = held_by(current)
+        held = cycle_of(current).held
         if held:
             raise ValueError(
                 "A new optimizer must not take the place of one in mid-cycle, whose gradients "

@@ -13,6 +13,7 @@ from gradient_accumulator_tf.optimizers.accumulate import (
     GradientAccumulateOptimizer,
     accumulating_optimizer_of,
 )
+from gradient_accumulator_tf.optimizers.cycle import cycle_of_model
 from gradient_accumulator_tf.replicated.replicas import undo_averaging
 
 
@@ -131,8 +132,8 @@ class AcrossSteps:
         Returns:
             Dict of the metrics' values.
         """
-        optimizer = accumulating_optimizer_of(model)
-        if not optimizer.accumulates:
+        cycle = cycle_of_model(model)
+        if not cycle.accumulates:
             with model_ends_cycle():
                 logs = plain_step()
             for layer in batch_norms_of(model):
@@ -143,8 +144,8 @@ class AcrossSteps:
             step = run_micro_step(model, data)
         if step.contributions:
             # Not through a loss scaler, whose `apply` takes no weights.
-            optimizer.lead(batch_norms_of(model))
-            optimizer.apply_contributions(step.contributions, model.trainable_weights)
+            cycle.lead(batch_norms_of(model))
+            cycle.take(step.contributions, model.trainable_weights)
         loss, compiled = step.loss, step.loss.compiled
         # Keras divides losses by the number of replicas, and logs them undivided.
         values = [(undo_averaging(t.value), loss.weight_of(t)) for t in compiled]

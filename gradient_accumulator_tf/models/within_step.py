@@ -20,8 +20,8 @@ from gradient_accumulator_tf.models.micro_step import (
     update_metrics,
 )
 from gradient_accumulator_tf.models.one_piece import LargestBatch, OwnFit, WarnOfOnePiece
+from gradient_accumulator_tf.optimizers.inner import parts_of
 from gradient_accumulator_tf.optimizers.update_order import one_by_one
-from gradient_accumulator_tf.optimizers.wrapper import parts_of
 from gradient_accumulator_tf.replicated.replicas import (
     on_average_replica,
     sum_over_replicas,
