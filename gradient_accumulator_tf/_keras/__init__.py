@@ -61,9 +61,11 @@ from gradient_accumulator_tf._keras.patches import (
 )
 from gradient_accumulator_tf._keras.substitutes import (
     activity_regularizers_by_rank,
+    compiled_without,
     recorded_vectors,
     replaced_added_losses,
     replaced_losses,
+    replaced_updates,
     replicas_agree,
 )
 from gradient_accumulator_tf._keras.training import (
@@ -71,11 +73,14 @@ from gradient_accumulator_tf._keras.training import (
     build_for_training,
     clear_added_losses,
     compile_arguments,
+    compiled_metrics,
     compute_loss,
+    metric_function,
     per_output_loss_metrics,
     set_backup_epoch,
     track_loss,
     trainer_methods,
+    update_compiled_metrics,
     use_backup_folder,
 )
 from gradient_accumulator_tf._keras.wrapping import AnswersForModel
@@ -96,6 +101,8 @@ __all__ = [
     "call_has_training_argument",
     "clear_added_losses",
     "compile_arguments",
+    "compiled_metrics",
+    "compiled_without",
     "compiles_with_xla",
     "compute_loss",
     "copied_optimizer",
@@ -109,6 +116,7 @@ __all__ = [
     "is_plain_functional",
     "keras_mask",
     "mend_fit_on_several_workers",
+    "metric_function",
     "moving_averages",
     "outside_graph",
     "own_attributes",
@@ -119,6 +127,7 @@ __all__ = [
     "replace_layers",
     "replaced_added_losses",
     "replaced_losses",
+    "replaced_updates",
     "replica_local",
     "replicas_agree",
     "replicas_need_no_merge_call",
@@ -131,6 +140,7 @@ __all__ = [
     "sublayers",
     "track_loss",
     "trainer_methods",
+    "update_compiled_metrics",
     "use_backup_folder",
     "variable_key",
 ]

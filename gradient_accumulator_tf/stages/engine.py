@@ -55,12 +55,13 @@ class StagedGradients:
                 returns the model's predictions and has the tape record them.
             differentiate: Function of `(predict, micro_batch, totals)`, where `totals` is that
                 sum on an average replica. Returns (persistent tape, targets, their output
-                gradients, nested scalars to add up, anything).
+                gradients, nested scalars to add up, list of tensors to keep, anything).
             finite_only: Whether the barriers leave out what is not finite at the end.
 
         Returns:
             List with a gradient or None for each variable, and the sum of the scalars, both of
-            this replica alone; and what the last micro-batch made of "anything".
+            this replica alone; a list of `Kept` of the tensors to keep; and what the last
+            micro-batch made of "anything".
         """
         *stages, last = self._stages
         state = _State(batch, micro_batch_size)
@@ -68,7 +69,7 @@ class StagedGradients:
             self._forward(stage, state)
         totals = self._totals(last, state, denominators)
         head = self._head(last, state, variables, totals, differentiate)
-        gradients, sums, result = head.gradients, head.sums, head.result
+        gradients = head.gradients
         positions = {id(v): i for i, v in enumerate(variables)}
         for stage in reversed(stages):
             trained = [v for v in stage.variables if id(v) in positions]
@@ -78,7 +79,7 @@ class StagedGradients:
                     gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
         for node, finished in state.finished.items():
             node.barrier.end(finished, finite_only)
-        return gradients, sums, result
+        return gradients, head.sums, head.kept, head.result
 
     def _forward(self, stage, state):
         """Keeps what later stages read, and finishes the barriers that the next ones apply."""
@@ -132,17 +133,18 @@ class StagedGradients:
                 assign_all(stage.states, ends)
                 return y_pred
 
-            tape, targets, seeds, sums, result = differentiate(predict, micro_batch, totals)
+            tape, targets, seeds, sums, keep, result = differentiate(predict, micro_batch, totals)
             gradients, by_statistics, by_reads = sources.gradients(
                 tape, targets, seeds, variables, reads, pending
             )
-            return _Pass(gradients, (by_statistics, sums), by_reads, result)
+            return _Pass(gradients, (by_statistics, sums), [*by_reads, *keep], result)
 
         kept = [*state.kept_of(stage.reads), *sources.pending]
         found = state.loop(step, kept, variables)
         by_statistics, sums = found.sums
-        sources.store(by_statistics, found.kept)
-        return found._replace(sums=sums)
+        by_reads, keep = found.kept[: sources.number], found.kept[sources.number :]
+        sources.store(by_statistics, by_reads)
+        return found._replace(sums=sums, kept=keep)
 
     def _backward(self, stage, state, variables):
         """Gradients of `variables`; hands on the cotangents of what the stage reads."""
@@ -303,11 +305,13 @@ class _Sources:
 
     Attributes:
         pending: List of `Kept`: the cotangents that later stages have left for what is read.
+        number: How many tensors are read that the loss is differentiated with respect to.
     """
 
     def __init__(self, stage, state):
         self._stage, self._state = stage, state
         self._keys = [key for key in stage.reads if state.kept[key].rest.dtype.is_floating]
+        self.number = len(self._keys)
         self._started = [key for key in self._keys if key in state.cotangents]
         self.pending = [state.cotangents[key] for key in self._started]
 

@@ -10,13 +10,18 @@ def gathered(kept, batch, micro_batch_size):
     """The rows of all micro-batches as one tensor, in the order of the examples.
 
     Args:
-        kept: `Kept`, whose tensors have static shapes but for the rows.
+        kept: `Kept`. With XLA, the tensors have static shapes but for the rows.
         batch: The effective `Batch`.
         micro_batch_size: Examples in a micro-batch.
 
     Returns:
         Tensor of shape (examples, ...).
     """
+    looped = kept.looped
+    if isinstance(looped, list):
+        return tf.concat(looped, 0) if looped else kept.rest
+    if not looped.element_shape[1:].is_fully_defined():
+        return looped.concat()
 
     def zeros(like):
         _, rows = like
