@@ -1,5 +1,8 @@
 """Tensors of the effective batch in place of a micro-batch's, once all micro-batches have run."""
 
+import dataclasses
+from typing import Any
+
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
@@ -91,14 +94,14 @@ class Gathering:
         if id(leaf) in self._of_batch:
             return self._of_batch[id(leaf)]
         if id(leaf) not in self._wanted:
-            mask = _keras.keras_mask(leaf)
-            mask = None if mask is None else self._keep(mask, f"the mask of {name}", remedy)
-            self._wanted[id(leaf)] = leaf, _Wanted(self._keep(leaf, name, remedy), mask)
+            activation, parts = _taken_apart(leaf)
+            places = {}
+            for kind, tensor in parts.items():
+                places[kind] = len(self.kept)
+                checked = tensor if self._is_one else self._checked(tensor, name, remedy)
+                self.kept.append(checked)
+            self._wanted[id(leaf)] = leaf, _Wanted(activation, places)
         return self._wanted[id(leaf)][1]
-
-    def _keep(self, tensor, name, remedy):
-        self.kept.append(tensor if self._is_one else self._checked(tensor, name, remedy))
-        return len(self.kept) - 1
 
     def _checked(self, tensor, name, remedy):
         rule = (
@@ -117,17 +120,48 @@ class Gathering:
         return tensor
 
 
-class _Wanted:
-    """The places of a tensor and of its mask in what is kept."""
+# Keras's cross entropies compute from the input of these operations, where they find one behind
+# probabilities. Behind the gathered rows they would not, so it is applied to gathered inputs.
+_ACTIVATIONS = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
 
-    def __init__(self, place, place_of_mask):
-        self._place, self._place_of_mask = place, place_of_mask
+
+def _taken_apart(leaf):
+    """What has to be kept of an output: an activation to apply to it or None, and its parts."""
+    logits, mask = _keras.keras_logits(leaf), _keras.keras_mask(leaf)
+    activation = None
+    if isinstance(leaf, tf.Tensor) and not tf.executing_eagerly():
+        activation = _ACTIVATIONS.get(leaf.op.type)
+    if activation is not None and (logits is None or logits is leaf.op.inputs[0]):
+        # Of both, only the input is kept.
+        leaf, logits = leaf.op.inputs[0], None
+    else:
+        activation = None
+    parts = {"output": leaf, "logits": logits, "mask": mask}
+    return activation, {kind: tensor for kind, tensor in parts.items() if tensor is not None}
+
+
+@dataclasses.dataclass(frozen=True)  # no tuple, so that it is a leaf
+class _Wanted:
+    """Where an output is in what is kept.
+
+    Attributes:
+        activation: Function to apply to it, or None.
+        places: Dict of the places of the output, its logits and its mask, where it has any.
+    """
+
+    activation: Any
+    places: dict
 
     def value(self, found):
-        tensor = found[self._place]
-        if self._place_of_mask is None:
-            return tensor
-        return _keras.set_keras_mask(tensor, found[self._place_of_mask])
+        """The output, with what Keras attaches to it."""
+        tensor, logits, mask = (
+            found[self.places[kind]] if kind in self.places else None
+            for kind in ("output", "logits", "mask")
+        )
+        if self.activation is not None:
+            logits, tensor = tensor, self.activation(tensor)
+        _keras.set_keras_logits(tensor, logits)
+        return _keras.set_keras_mask(tensor, mask)
 
 
 def _is_tensor(leaf):
