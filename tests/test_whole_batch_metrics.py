@@ -190,7 +190,7 @@ def test_keras_metrics_that_are_streamed_add_up(name, weighted):
     whole, pieces = (getattr(keras.metrics, name)(**arguments) for _ in range(2))
     y_true, y_pred = map(tf.constant, data_for(kind, 29))
     weights = tf.constant(regression_data(29)[2]) if weighted else None
-    assert adds_up(whole, y_true, y_pred, weights, compares=True)
+    assert adds_up(whole, y_true, y_pred, weights)
     whole.update_state(y_true, y_pred, weights)
     for start in range(0, 29, 4):
         part = slice(start, start + 4)
@@ -228,34 +228,33 @@ wrapper = keras.metrics.MeanMetricWrapper
 
 
 @pytest.mark.parametrize(
-    ("metric", "expected", "where_the_loss_compares"),
+    ("metric", "expected"),
     [
-        (wrapper(a_value_each), True, False),
-        (wrapper(keras.losses.mean_squared_error), True, False),
-        (wrapper(keras.losses.MeanSquaredError(reduction=None)), True, False),
-        (wrapper(keras.losses.MeanSquaredError()), False, False),
-        (wrapper(f1), False, False),
-        (wrapper(largest), False, False),  # (3,) for 3 examples of 3 features
-        (wrapper(in_pairs), False, False),
-        (wrapper(without_a_graph), False, False),
-        (wrapper(named(f1, True)), True, True),
-        (wrapper(named(a_value_each, False)), False, False),
-        (keras.metrics.MeanAbsoluteError(), True, True),
-        (marked(keras.metrics.MeanAbsoluteError(), False), False, False),
-        (MeanOfBatches(), False, False),
-        (marked(MeanOfBatches(), True), True, True),
+        (wrapper(a_value_each), True),
+        (wrapper(keras.losses.mean_squared_error), True),
+        (wrapper(keras.losses.MeanSquaredError(reduction=None)), True),
+        (wrapper(keras.losses.MeanSquaredError()), False),
+        (wrapper(f1), False),
+        (wrapper(largest), False),  # (3,) for 3 examples of 3 features
+        (wrapper(in_pairs), False),
+        (wrapper(without_a_graph), False),
+        (wrapper(named(f1, True)), True),
+        (wrapper(named(a_value_each, False)), False),
+        (keras.metrics.MeanAbsoluteError(), True),
+        (marked(keras.metrics.MeanAbsoluteError(), False), False),
+        (MeanOfBatches(), False),
+        (marked(MeanOfBatches(), True), True),
     ],
 )
-def test_what_adds_up(metric, expected, where_the_loss_compares):
+def test_what_adds_up(metric, expected):
     y_true, y_pred = tf.ones((3, 3)), tf.zeros((3, 3))
-    assert adds_up(metric, y_true, y_pred, None, compares=False) is expected
-    assert adds_up(metric, y_true, y_pred, None, compares=True) is where_the_loss_compares
+    assert adds_up(metric, y_true, y_pred, None) is expected
 
 
 def test_one_weight_for_all_counts_a_batch_as_one_example():
     metric, values = keras.metrics.MeanAbsoluteError(), tf.ones((3, 3))
-    assert adds_up(metric, values, values, tf.ones((3,)), compares=False)
-    assert not adds_up(metric, values, values, tf.ones(()), compares=False)
+    assert adds_up(metric, values, values, tf.ones((3,)))
+    assert not adds_up(metric, values, values, tf.ones(()))
 
 
 @pytest.mark.parametrize("additive", [False, True])

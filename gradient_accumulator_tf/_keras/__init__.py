@@ -72,6 +72,7 @@ from gradient_accumulator_tf._keras.substitutes import (
 )
 from gradient_accumulator_tf._keras.training import (
     TRAINER_ATTRIBUTES,
+    added_losses,
     build_for_training,
     clear_added_losses,
     compile_arguments,
@@ -93,6 +94,7 @@ __all__ = [
     "Graph",
     "GraphNode",
     "activity_regularizers_by_rank",
+    "added_losses",
     "adopt_call_arguments",
     "all_layers",
     "assign_on_replica",

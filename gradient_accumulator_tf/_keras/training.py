@@ -93,6 +93,14 @@ def clear_added_losses(model):
     model._clear_losses()
 
 
+def added_losses(model):
+    """List of what the layers of a model have given to `add_loss`: `Layer._get_own_losses`.
+
+    `model.losses` has the regularisers of weights too.
+    """
+    return [loss for layer in model._flatten_layers() for loss in layer._get_own_losses()]
+
+
 def per_output_loss_metrics(model):
     """List of the metrics of single outputs' losses, in the order of the losses. May be empty."""
     return [] if model._compile_loss is None else list(model._compile_loss._metrics)

@@ -20,7 +20,7 @@ DECLARATION = "additive"
 _found: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def adds_up(metric, y_true, y_pred, sample_weight, compares):
+def adds_up(metric, y_true, y_pred, sample_weight):
     """Whether a metric may be updated with one micro-batch after the other.
 
     What an attribute `additive` of the metric, or of the function that it takes the mean of, says
@@ -32,8 +32,6 @@ def adds_up(metric, y_true, y_pred, sample_weight, compares):
         y_true: Targets of a micro-batch.
         y_pred: Predictions.
         sample_weight: Weights or None.
-        compares: Whether the model's loss compares examples. Then a function of the user's may do
-            so as well, even if it returns a value for each of them.
     """
     function = _keras.metric_function(metric)
     for owner in (metric, getattr(function, "func", None)):
@@ -46,8 +44,6 @@ def adds_up(metric, y_true, y_pred, sample_weight, compares):
         return False  # a mean with one weight for all counts a micro-batch as one example
     if function is None:
         return True
-    if compares and type(metric) is keras.metrics.MeanMetricWrapper:
-        return False
     arguments = _with_other_rows(y_true, y_pred)
     if arguments is None:
         return False

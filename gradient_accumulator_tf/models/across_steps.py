@@ -8,7 +8,12 @@ from gradient_accumulator_tf.cycle.non_finite import NoDrops, policy_of
 from gradient_accumulator_tf.cycle.schedules import check_accum_steps
 from gradient_accumulator_tf.models.callbacks import FlushAtEpochEnd
 from gradient_accumulator_tf.models.further_optimizers import warn_of_those_that_do_not_accumulate
-from gradient_accumulator_tf.models.micro_step import batch_norms_of, log_loss, run_micro_step
+from gradient_accumulator_tf.models.micro_step import (
+    batch_norms_of,
+    log_loss,
+    run_micro_step,
+    update_metrics,
+)
 from gradient_accumulator_tf.optimizers.accumulate import (
     GradientAccumulateOptimizer,
     accumulating_optimizer_of,
@@ -32,12 +37,19 @@ class AcrossSteps:
         self._accum_steps = check_accum_steps(accum_steps, "batches per update")
         self._has_looked_for_plain_optimizers = False
 
-    def check_arguments(self, batch_norm, has_own_step):
+    def check_arguments(self, batch_norm, coupled_loss, has_own_step):
         """Raises ValueError if another argument of the model does not go with this mode."""
         if batch_norm == "exact":
             raise ValueError(
                 'batch_norm="exact" needs the whole effective batch in each step. Received: '
                 f"accum_steps={self._accum_steps}. Pass micro_batch_size instead."
+            )
+
+        if coupled_loss:
+            raise ValueError(
+                "`coupled_loss` needs the outputs of the whole effective batch in each step. "
+                f"Received: coupled_loss={coupled_loss!r} with accum_steps={self._accum_steps}. "
+                "Pass micro_batch_size instead."
             )
 
     def accum_steps(self, model):
@@ -150,7 +162,6 @@ class AcrossSteps:
         # Keras divides losses by the number of replicas, and logs them undivided.
         values = [(undo_averaging(t.value), loss.weight_of(t)) for t in compiled]
         weight = loss.weight_of(compiled[0]) if len(compiled) == 1 else loss.weight
-        x, y, sample_weight = data
-        logs = model.compute_metrics(x, y, step.y_pred, sample_weight=sample_weight)
+        logs = update_metrics(model, data, step.y_pred)
         policy = policy_of(model.non_finite)
         return log_loss(model, logs, (undo_averaging(loss.total), weight), values, policy)

@@ -5,14 +5,20 @@ import tensorflow as tf
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.cycle.non_finite import PROPAGATE
 from gradient_accumulator_tf.cycle.rules import Summation
+from gradient_accumulator_tf.models.coupled_loss import run_coupled_test
 from gradient_accumulator_tf.models.micro_step import (
     Effective,
+    call_model,
     find_test_loss,
+    log_loss,
     log_losses_of_batch,
-    predicted,
 )
 from gradient_accumulator_tf.models.step_metrics import StepMetrics
-from gradient_accumulator_tf.replicated.replicas import on_average_replica, sum_over_replicas
+from gradient_accumulator_tf.replicated.replicas import (
+    on_average_replica,
+    sum_over_replicas,
+    undo_averaging,
+)
 from gradient_accumulator_tf.stages.gathering import Gathering
 
 
@@ -27,6 +33,10 @@ def evaluated(model, batch, micro_batch_size):
     Returns:
         Dict of the metrics' values.
     """
+    if model.coupled_loss:
+        loss, logs = run_coupled_test(model, batch, micro_batch_size)
+        # Keras divides losses by the number of replicas, and logs them undivided.
+        return log_loss(model, logs, (undo_averaging(loss), batch.examples), [], PROPAGATE)
     total = on_average_replica(sum_over_replicas(tf.cast(batch.examples, tf.float64)))
     effective = Effective(total, batch.times_weighed(micro_batch_size))
     metrics = StepMetrics(model, batch, micro_batch_size)
@@ -63,7 +73,7 @@ def outputs_of(model, batch, micro_batch_size):
         nonlocal wanted
         gathering.begin(micro_batch)
         wanted = gathering.want(
-            predicted(model, micro_batch[0]),
+            call_model(model, micro_batch[0], training=False),
             "outputs of `predict`",
             "Give each example one row of outputs, or predict with the plain model, model.model.",
         )

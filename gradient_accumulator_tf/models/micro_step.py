@@ -60,7 +60,7 @@ def run_micro_step(model, micro_batch, effective=None):
 
     def predict(tape):
         del tape  # which records it anyway
-        return predicted(model, micro_batch[0], training=True)
+        return call_model(model, micro_batch[0])
 
     loss, y_pred = find_loss(model, micro_batch, predict, effective)
     contributions = []
@@ -71,6 +71,12 @@ def run_micro_step(model, micro_batch, effective=None):
     else:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
     return MicroStep(contributions, loss, y_pred)
+
+
+def call_model(model, x, training=True):
+    """The predictions of a model, in training or not."""
+    arguments = {"training": training} if _keras.call_has_training_argument(model) else {}
+    return model(x, **arguments)
 
 
 def find_loss(model, micro_batch, predict, effective=None):
@@ -105,17 +111,11 @@ def find_test_loss(model, micro_batch, effective):
         `MicroBatchLoss`, and the predictions.
     """
     _keras.clear_added_losses(model)
-    y_pred = predicted(model, micro_batch[0])
+    y_pred = call_model(model, micro_batch[0], training=False)
     # This one is only for what each term counts for in the total loss.
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         found = _compute_loss(model, micro_batch, y_pred, tape, effective, training=False)
     return _loss_of(model, micro_batch, found, tape, effective), y_pred
-
-
-def predicted(model, x, training=False):
-    """The model's outputs, as in Keras's own steps."""
-    arguments = {"training": training} if _keras.call_has_training_argument(model) else {}
-    return model(x, **arguments)
 
 
 def _compute_loss(model, micro_batch, y_pred, tape, effective, training):
@@ -143,6 +143,12 @@ def _loss_of(model, micro_batch, found, tape, effective):
 def gradient_scale(model, loss):
     """Scalar that a `MicroBatchLoss` is multiplied by for its gradients: the loss scale."""
     return model.optimizer.scale_loss(tf.ones((), loss.total.dtype))
+
+
+def update_metrics(model, data, y_pred):
+    """Updates the model's metrics with `(x, y, sample_weight)`; returns the dict of their values."""
+    x, y, sample_weight = data
+    return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
 
 def log_loss(model, logs, loss, values, policy):

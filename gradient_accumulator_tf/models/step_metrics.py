@@ -4,6 +4,7 @@ import keras
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.cycle.additive_metrics import DECLARATION, adds_up
+from gradient_accumulator_tf.models.micro_step import update_metrics
 from gradient_accumulator_tf.stages.gathering import Gathering
 
 
@@ -43,15 +44,15 @@ class StepMetrics:
         """
         self._gathering.begin(micro_batch)
         self._updates = []
-        x, y, sample_weight = micro_batch
         if self._computes_by_itself and not self._streams_all:
             self._y_pred = self._want(y_pred, "`compute_metrics`")
             return self._gathering.kept, None
         metrics = _keras.compiled_metrics(self._model)
         with _keras.replaced_updates(metrics, self._update_or_want):
             if self._streams_all:
-                logs = self._model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+                logs = update_metrics(self._model, micro_batch, y_pred)
                 return self._gathering.kept, logs
+            _, y, sample_weight = micro_batch
             _keras.update_compiled_metrics(self._model, y, y_pred, sample_weight)
         return self._gathering.kept, None
 
@@ -66,9 +67,8 @@ class StepMetrics:
             Dict of the metrics' values; None for those that `model.get_metrics_result` returns.
         """
         if self._computes_by_itself and not self._streams_all:
-            x, y, sample_weight = self._batch.data
             y_pred = self._gathering.whole(self._y_pred, kept)
-            return self._model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+            return update_metrics(self._model, self._batch.data, y_pred)
         metrics = [metric for metric, _ in self._updates]
         arguments = self._gathering.whole([wanted for _, wanted in self._updates], kept)
         for metric, (y_true, y_pred, sample_weight) in zip(metrics, arguments, strict=True):
@@ -77,10 +77,9 @@ class StepMetrics:
 
     def _update_or_want(self, metric, update_state):
         """The function to call in place of `metric.update_state` for a micro-batch."""
-        compares = getattr(self._model, "coupled_loss", False)
 
         def update(y_true, y_pred, sample_weight=None):
-            if adds_up(metric, y_true, y_pred, sample_weight, compares):
+            if adds_up(metric, y_true, y_pred, sample_weight):
                 update_state(y_true, y_pred, sample_weight=sample_weight)
                 return
             arguments = (y_true, y_pred, sample_weight)

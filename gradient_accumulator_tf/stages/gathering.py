@@ -1,13 +1,13 @@
 """Tensors of the effective batch in place of a micro-batch's, once all micro-batches have run."""
 
 import dataclasses
-from typing import Any
 
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.cycle.batches import batch_size, by_identity, with_rows
 from gradient_accumulator_tf.cycle.micro_batches import is_one_micro_batch
+from gradient_accumulator_tf.stages.outputs import parts_of, put_together
 from gradient_accumulator_tf.stages.rows import gathered
 
 
@@ -46,7 +46,7 @@ class Gathering:
         self._batch, self._micro_batch_size = batch, micro_batch_size
         self._shared_inputs = shared_inputs
         self._is_one = is_one_micro_batch(batch, micro_batch_size)
-        self.kept = []
+        self.kept, self._names = [], []
 
     def begin(self, micro_batch):
         """Forgets what was wanted of another micro-batch, or of an earlier trace of this one.
@@ -54,7 +54,7 @@ class Gathering:
         Args:
             micro_batch: The slice of the batch.
         """
-        self.kept, self._wanted = [], {}
+        self.kept, self._names, self._wanted = [], [], {}
         self._examples = batch_size(micro_batch, self._shared_inputs)
         self._micro_batch = micro_batch  # as long as it is there, no other tensor has its `id`
         self._of_batch = by_identity(micro_batch, self._batch.data)
@@ -83,10 +83,19 @@ class Gathering:
             wanted: What `want` returned.
             kept: List of the `Kept` that became of `self.kept`.
         """
-        found = [gathered(k, self._batch, self._micro_batch_size) for k in kept]
-        return tf.nest.map_structure(
-            lambda leaf: leaf.value(found) if isinstance(leaf, _Wanted) else leaf, wanted
-        )
+        found = [self._gathered(*pair) for pair in zip(kept, self._names, strict=True)]
+
+        def value(leaf):
+            if not isinstance(leaf, _Wanted):
+                return leaf
+            return put_together({kind: found[place] for kind, place in leaf.places.items()})
+
+        return tf.nest.map_structure(value, wanted)
+
+    def _gathered(self, kept, name):
+        if self._is_one:
+            return kept.rest
+        return gathered(kept, self._batch, self._micro_batch_size, name)
 
     def _want(self, leaf, name, remedy):
         if not _is_tensor(leaf):
@@ -94,13 +103,12 @@ class Gathering:
         if id(leaf) in self._of_batch:
             return self._of_batch[id(leaf)]
         if id(leaf) not in self._wanted:
-            activation, parts = _taken_apart(leaf)
             places = {}
-            for kind, tensor in parts.items():
+            for kind, part in parts_of(leaf).items():
                 places[kind] = len(self.kept)
-                checked = tensor if self._is_one else self._checked(tensor, name, remedy)
-                self.kept.append(checked)
-            self._wanted[id(leaf)] = leaf, _Wanted(activation, places)
+                self.kept.append(part if self._is_one else self._checked(part, name, remedy))
+                self._names.append(name)
+            self._wanted[id(leaf)] = leaf, _Wanted(places)
         return self._wanted[id(leaf)][1]
 
     def _checked(self, tensor, name, remedy):
@@ -110,6 +118,12 @@ class Gathering:
         )
         if not isinstance(tensor, tf.Tensor) or not tensor.shape.rank:
             raise NotRowsError(f"{rule} {tensor}. {remedy}")
+        if _keras.compiles_with_xla() and not tensor.shape[1:].is_fully_defined():
+            raise NotRowsError(
+                f"{rule} shape {tuple(tensor.shape)}. With XLA all dimensions but the first must "
+                f"be static. Give the model's inputs a static shape, or compile with "
+                f"jit_compile=False. {remedy}"
+            )
         rows, examples = tensor.shape[0], self._examples
         if rows is None:
             received = [rule, tf.shape(tensor), "for examples:", examples, remedy]
@@ -120,48 +134,15 @@ class Gathering:
         return tensor
 
 
-# Keras's cross entropies compute from the input of these operations, where they find one behind
-# probabilities. Behind the gathered rows they would not, so it is applied to gathered inputs.
-_ACTIVATIONS = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
-
-
-def _taken_apart(leaf):
-    """What has to be kept of an output: an activation to apply to it or None, and its parts."""
-    logits, mask = _keras.keras_logits(leaf), _keras.keras_mask(leaf)
-    activation = None
-    if isinstance(leaf, tf.Tensor) and not tf.executing_eagerly():
-        activation = _ACTIVATIONS.get(leaf.op.type)
-    if activation is not None and (logits is None or logits is leaf.op.inputs[0]):
-        # Of both, only the input is kept.
-        leaf, logits = leaf.op.inputs[0], None
-    else:
-        activation = None
-    parts = {"output": leaf, "logits": logits, "mask": mask}
-    return activation, {kind: tensor for kind, tensor in parts.items() if tensor is not None}
-
-
 @dataclasses.dataclass(frozen=True)  # no tuple, so that it is a leaf
 class _Wanted:
-    """Where an output is in what is kept.
+    """An output, by the places of its parts in what is kept.
 
     Attributes:
-        activation: Function to apply to it, or None.
-        places: Dict of the places of the output, its logits and its mask, where it has any.
+        places: Dict of int by kind, as of `parts_of`.
     """
 
-    activation: Any
     places: dict
-
-    def value(self, found):
-        """The output, with what Keras attaches to it."""
-        tensor, logits, mask = (
-            found[self.places[kind]] if kind in self.places else None
-            for kind in ("output", "logits", "mask")
-        )
-        if self.activation is not None:
-            logits, tensor = tensor, self.activation(tensor)
-        _keras.set_keras_logits(tensor, logits)
-        return _keras.set_keras_mask(tensor, mask)
 
 
 def _is_tensor(leaf):
