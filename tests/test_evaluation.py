@@ -135,6 +135,54 @@ def test_evaluate_gives_the_plain_models_logs(name, how, float64):
     assert difference(others.values(), expected.values()) > 1e-3
 
 
+def correlation(y_true, y_pred):
+    """A loss that compares examples: one minus their correlation, and a hinge over pairs."""
+    true, found = y_true - keras.ops.mean(y_true), y_pred - keras.ops.mean(y_pred)
+    scale = keras.ops.sqrt(keras.ops.sum(true**2) * keras.ops.sum(found**2))
+    pairs = keras.ops.relu(1.0 - found * keras.ops.transpose(found))
+    return 1.0 - keras.ops.sum(true * found) / scale + keras.ops.mean(pairs)
+
+
+def in_batch_accuracy(y_true, y_pred):
+    nearest = keras.ops.argmin(keras.ops.abs(y_pred - keras.ops.transpose(y_true)), axis=1)
+    return keras.ops.cast(nearest == keras.ops.arange(keras.ops.shape(y_true)[0]), "float32")
+
+
+@pytest.mark.parametrize("how", EXECUTIONS)
+def test_a_loss_that_compares_examples(how, float64):
+    make_model, data, _ = of_regression(adding_model)
+    compile_with = {"loss": correlation, "metrics": [in_batch_accuracy, f1, "mae"]}
+    model = make_model()
+    x, y, _ = data
+    data = x, y, None
+    expected = evaluated(model, data, compile_with)
+    ours = GradientAccumulateModel(model=model, micro_batch_size=MICRO, coupled_loss=True)
+    logs = evaluated(ours, data, {**compile_with, **EXECUTIONS[how]})
+    assert list(logs) == list(expected)
+    assert list(logs.values()) == pytest.approx(list(expected.values()), rel=1e-12)
+    others = evaluated(wrapped(model), data, compile_with)
+    assert abs(others["loss"] - expected["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("coupled_loss", [True, "all_replicas"])
+def test_a_loss_that_compares_examples_on_two_replicas(coupled_loss, float64):
+    make_model, (x, y, _), _ = of_regression(dense_model)
+    model = make_model()
+    model.compile(loss=correlation)
+    halves = (slice(15), slice(15, None))  # of 29 examples
+    if coupled_loss is True:
+        of_replicas = [model.evaluate(x[half], y[half], 15, 0) for half in halves]
+        expected = np.average(of_replicas, weights=[15, 14])
+    else:
+        expected = model.evaluate(x, y, EXAMPLES, 0)
+    with mirrored().scope():
+        ours = GradientAccumulateModel(
+            model=make_model(), micro_batch_size=MICRO, coupled_loss=coupled_loss
+        )
+        ours.compile(loss=correlation)
+    assert ours.evaluate(x, y, EXAMPLES, 0) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("how", EXECUTIONS)
 def test_validation_within_fit_is_the_plain_models(how, float64):
     x, y, weights = tokens()

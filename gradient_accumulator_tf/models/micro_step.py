@@ -146,7 +146,7 @@ def gradient_scale(model, loss):
 
 
 def update_metrics(model, data, y_pred):
-    """Updates the model's metrics with `(x, y, sample_weight)`; returns the dict of their values."""
+    """Updates the model's metrics with `(x, y, sample_weight)`; returns their values by name."""
     x, y, sample_weight = data
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
