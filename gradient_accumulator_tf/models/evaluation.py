@@ -67,7 +67,8 @@ def outputs_of(model, batch, micro_batch_size):
     Raises:
         NotRowsError: If an output is known not to have a row for each example.
     """
-    gathering, wanted = Gathering(batch, micro_batch_size, model.shared_inputs), None
+    gathering = Gathering(batch, micro_batch_size, model.shared_inputs, attached=False)
+    wanted = None
 
     def step(micro_batch):
         nonlocal wanted

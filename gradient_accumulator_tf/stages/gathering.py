@@ -37,14 +37,15 @@ class Gathering:
         batch: The effective `Batch`.
         micro_batch_size: Examples in a micro-batch.
         shared_inputs: As for `batch_size`.
+        attached: Whether the masks and logits are wanted too that Keras attaches to outputs.
 
     Attributes:
         kept: List of tensors of the micro-batch, each with a row for each example.
     """
 
-    def __init__(self, batch, micro_batch_size, shared_inputs=()):
+    def __init__(self, batch, micro_batch_size, shared_inputs=(), attached=True):
         self._batch, self._micro_batch_size = batch, micro_batch_size
-        self._shared_inputs = shared_inputs
+        self._shared_inputs, self._attached = shared_inputs, attached
         self._is_one = is_one_micro_batch(batch, micro_batch_size)
         self.kept, self._names = [], []
 
@@ -103,8 +104,9 @@ class Gathering:
         if id(leaf) in self._of_batch:
             return self._of_batch[id(leaf)]
         if id(leaf) not in self._wanted:
+            parts = parts_of(leaf) if self._attached else {"output": leaf}
             places = {}
-            for kind, part in parts_of(leaf).items():
+            for kind, part in parts.items():
                 places[kind] = len(self.kept)
                 self.kept.append(part if self._is_one else self._checked(part, name, remedy))
                 self._names.append(name)
@@ -121,7 +123,7 @@ class Gathering:
         if _keras.compiles_with_xla() and not tensor.shape[1:].is_fully_defined():
             raise NotRowsError(
                 f"{rule} shape {tuple(tensor.shape)}. With XLA all dimensions but the first must "
-                f"be static. Give the model's inputs a static shape, or compile with "
+                "be static. Give the model's inputs a static shape, or compile with "
                 f"jit_compile=False. {remedy}"
             )
         rows, examples = tensor.shape[0], self._examples
