@@ -270,10 +270,14 @@ class GradientAccumulateModel(ModelWrapper):
     @micro_batch_size.setter
     def micro_batch_size(self, value: int) -> None:
         self._mode.set_micro_batch_size(value)
+        # `fit`, `evaluate` and `predict` look these functions up in each step. Keras's own method
+        # makes the first, since what is trainable is still to be as it was.
         if self.train_function is not None:
-            # Keras's own, since what is trainable is still to be as it was; `fit` looks it up in
-            # each step.
             super().make_train_function(force=True)
+        if self.test_function is not None:
+            self.make_test_function(force=True)
+        if self.predict_function is not None:
+            self.make_predict_function(force=True)
 
     batch_norm = FixedAttribute[str](
         "_batch_norm", "What trainable batch norms normalise by.", _ANOTHER
@@ -469,14 +473,51 @@ class GradientAccumulateModel(ModelWrapper):
         Returns:
             Dict of the metrics' values.
         """
-        plain_step = super().train_step
+        return self._step("train_step", data, super().train_step)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """The loss and the metrics of one batch, in micro-batches with `micro_batch_size`.
+
+        They equal those of the plain model on the whole batch where an update would equal its.
+
+        Args:
+            data: What the dataset yields: `x`, `(x, y)` or `(x, y, sample_weight)`, nested.
+
+        Returns:
+            Dict of the metrics' values.
+        """
+        return self._step("test_step", data, super().test_step, without=("optimizer",))
+
+    def predict_step(self, data: Any) -> Any:
+        """The outputs for one batch, in micro-batches with `micro_batch_size`.
+
+        Args:
+            data: What the dataset yields: `x`, or a tuple that begins with it, nested.
+
+        Returns:
+            What the model returns for the batch. Outputs that are not dense tensors with one row
+            for each example are computed for the whole batch at once.
+        """
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        without = ("optimizer", "_compile_loss", "_compile_metrics")
+        return self._step("predict_step", (x,), super().predict_step, without)
+
+    def _step(self, name, data, plain_step, without=()):
+        """One step as the mode takes it.
+
+        Args:
+            name: The method of the mode.
+            data: What the dataset yields.
+            plain_step: Function of it that takes the step as Keras does.
+            without: The parts of a compiled model that the step does not need.
+        """
 
         def build(data):
-            with outside_of_tracing():
+            with outside_of_tracing(), _keras.compiled_without(self, *without):
                 _keras.build_for_training(self, data)
 
         tensors = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
-        return self._mode.train_step(self, tensors, build, lambda: plain_step(data))
+        return getattr(self._mode, name)(self, tensors, build, lambda: plain_step(data))
 
     def micro_batch_weight(self, x: Any, y: Any, sample_weight: Any) -> Any:
         """What a micro-batch counts for where no compiled loss tells; to be overridden.

@@ -4,11 +4,16 @@ import keras
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.batch_norm.cycle_end import model_ends_cycle
-from gradient_accumulator_tf.cycle.non_finite import NoDrops
+from gradient_accumulator_tf.cycle.non_finite import NoDrops, policy_of
 from gradient_accumulator_tf.cycle.schedules import check_accum_steps
 from gradient_accumulator_tf.models.callbacks import FlushAtEpochEnd
 from gradient_accumulator_tf.models.further_optimizers import warn_of_those_that_do_not_accumulate
-from gradient_accumulator_tf.models.micro_step import batch_norms_of, log_loss, run_micro_step
+from gradient_accumulator_tf.models.micro_step import (
+    batch_norms_of,
+    log_loss,
+    run_micro_step,
+    update_metrics,
+)
 from gradient_accumulator_tf.optimizers.accumulate import (
     GradientAccumulateOptimizer,
     accumulating_optimizer_of,
@@ -120,6 +125,14 @@ class AcrossSteps:
             self._has_looked_for_plain_optimizers = True
             warn_of_those_that_do_not_accumulate(model, model.optimizer, steps)
 
+    def test_step(self, model, data, build, plain_step):
+        """As Keras takes it: a batch is a micro-batch."""
+        return plain_step()
+
+    def predict_step(self, model, data, build, plain_step):
+        """As Keras takes it."""
+        return plain_step()
+
     def train_step(self, model, data, build, plain_step):
         """One micro-batch.
 
@@ -150,4 +163,6 @@ class AcrossSteps:
         # Keras divides losses by the number of replicas, and logs them undivided.
         values = [(undo_averaging(t.value), loss.weight_of(t)) for t in compiled]
         weight = loss.weight_of(compiled[0]) if len(compiled) == 1 else loss.weight
-        return log_loss(model, step.logs, (undo_averaging(loss.total), weight), values)
+        logs = update_metrics(model, data, step.y_pred)
+        policy = policy_of(model.non_finite)
+        return log_loss(model, logs, (undo_averaging(loss.total), weight), values, policy)
