@@ -203,8 +203,8 @@ def main(argv=None):
     print(f"\n{table(results)}\n")
     print(
         "Images compared: how many the loss sees together. Probe: a linear classifier on the\n"
-        "embeddings, on images that no training saw. Weight difference: the largest from the large\n"
-        "batch, as a fraction of the movement."
+        "embeddings, on images that no training saw. Weight difference: the largest from the\n"
+        "large batch, as a fraction of the movement."
     )
     if args.plot:
         save_plot(args.plot, draw, results)
