@@ -252,7 +252,7 @@ def _optimized(**kwargs):
     return _Variant(CASES["nt_xent"], train={"optimizer": optimizer})
 
 
-class _Nested(keras.Model):
+class Nested(keras.Model):
     """Takes and returns nested structures, and computes with Python between layers."""
 
     def __init__(self):
@@ -270,19 +270,19 @@ class _Nested(keras.Model):
 def _nested():
     rows, other, labels, values = _arrays("rows", "other", "labels", "values")
     losses = {"deep": [supervised_contrastive, ("mse",)]}
-    case = Case(_Nested, lambda model: losses)
+    case = Case(Nested, lambda model: losses)
     return _Variant(case, ({"pair": (rows, [other])}, {"deep": [labels, (values,)]}))
 
 
-class _OfTwoOutputs(GradientAccumulateModel):
+class OfTwoOutputs(GradientAccumulateModel):
     """The loss compares two outputs, so it is a `compute_loss` of its own."""
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return nt_xent(None, keras.ops.stack(y_pred, axis=1))
 
 
-class _PlainOfTwoOutputs(keras.Model):
-    compute_loss = _OfTwoOutputs.compute_loss
+class PlainOfTwoOutputs(keras.Model):
+    compute_loss = OfTwoOutputs.compute_loss
 
 
 def _two_outputs():
@@ -290,7 +290,7 @@ def _two_outputs():
     return views, [shared(view) for view in views]
 
 
-class _Scaling(TwoTowers):
+class Scaling(TwoTowers):
     """Its temperature is a variable of the loss, and of the forward pass as well."""
 
     def call(self, inputs):
@@ -353,7 +353,7 @@ VARIANTS = {
     "clipnorm": lambda: _optimized(clipnorm=0.02),
     "ema": lambda: _optimized(global_clipnorm=0.1, use_ema=True, ema_momentum=0.9),
     "nested_structures": _nested,
-    "variable_of_loss_and_model": lambda: _Variant(CASES["clip"]._replace(make_model=_Scaling)),
+    "variable_of_loss_and_model": lambda: _Variant(CASES["clip"]._replace(make_model=Scaling)),
     "random_loss_with_state": lambda: _Variant(
         CASES["clip_layer"]._replace(make_model=lambda: TwoTowers(_NoisyLoss()))
     ),
@@ -387,9 +387,9 @@ def test_whatever_else_is_in_a_training(float64, name, how):
 def test_a_compute_loss_of_two_outputs(float64, how):
     weights = []
     for make_model in (
-        lambda *ends: _PlainOfTwoOutputs(*ends),
-        lambda *ends: _OfTwoOutputs(*ends, micro_batch_size=MICRO, coupled_loss=True),
-        lambda *ends: _OfTwoOutputs(*ends, micro_batch_size=MICRO),
+        lambda *ends: PlainOfTwoOutputs(*ends),
+        lambda *ends: OfTwoOutputs(*ends, micro_batch_size=MICRO, coupled_loss=True),
+        lambda *ends: OfTwoOutputs(*ends, micro_batch_size=MICRO),
     ):
         keras.utils.set_random_seed(1)
         model = make_model(*_two_outputs())
@@ -404,7 +404,7 @@ def test_a_compute_loss_of_two_outputs(float64, how):
 # its forward pass in micro-batches: its layers draw what those of an accumulating model draw.
 
 
-class _InPieces(keras.Model):
+class InPieces(keras.Model):
     """Calls a model on `size` examples at a time, within one batch and one loss."""
 
     def __init__(self, model, size=MICRO):
@@ -492,7 +492,7 @@ def test_the_second_pass_repeats_the_first(float64, name, how):
     models = []
 
     def in_pieces(size):
-        return lambda model: models.append(model) or _InPieces(model, size)
+        return lambda model: models.append(model) or InPieces(model, size)
 
     def coupled(model):
         models.append(model)
