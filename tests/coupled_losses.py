@@ -196,13 +196,22 @@ def encoder(units=DIMENSIONS, activation=None, **kwargs):
 
 def two_views(make_encoder=encoder):
     """Two inputs through one encoder, stacked to (examples, 2, dimensions)."""
-    shared = make_encoder()
-    views = [keras.Input((FEATURES,)) for _ in range(2)]
-    return keras.Model(views, keras.ops.stack([shared(view) for view in views], axis=1))
+    return _stacked([make_encoder()] * 2)
+
+
+def two_towers():
+    """Two inputs, each through an encoder of its own."""
+    return _stacked([encoder(), encoder()])
+
+
+def _stacked(encoders):
+    inputs = [keras.Input((FEATURES,)) for _ in encoders]
+    outputs = [encode(view) for encode, view in zip(encoders, inputs, strict=True)]
+    return keras.Model(inputs, keras.ops.stack(outputs, axis=1))
 
 
 class TwoTowers(keras.Model):
-    """Two encoders, and a temperature: a variable, or a loss that is a layer.
+    """Two encoders, and a learned temperature: a variable, or a loss that is a layer.
 
     Args:
         loss_layer: The layer.
@@ -298,7 +307,7 @@ CASES = {
     ),
     "auc_surrogate": Case(lambda: encoder(1), lambda model: auc_surrogate, ("rows",), "one_binary"),
     "concordance": Case(encoder, lambda model: concordance, ("rows",), "values"),
-    "retrieval": Case(TwoTowers, lambda model: retrieval, target="log_frequency"),
+    "retrieval": Case(two_towers, lambda model: retrieval, target="log_frequency"),
     "masked_mean": Case(encoder, lambda model: masked_mean, ("rows",), "some_values"),
     "circle": Case(unit_encoder, lambda model: keras.losses.Circle(gamma=4), ("rows",)),
 }

@@ -622,21 +622,41 @@ def test_float32_is_as_near_as_its_rounding():
 # Replicas.
 
 
+def _everywhere(model):
+    return _coupled(model, 3, coupled_loss="all_replicas")
+
+
 @pytest.mark.skipif(KERAS < (3, 10), reason="no metrics in a loop on replicas before Keras 3.10")
-@pytest.mark.parametrize("name, replicas", each_in_turn(CASES, [2, 3], core=["nt_xent"]))
+@pytest.mark.parametrize(
+    "name, replicas",
+    [("nt_xent", 2), ("clip", 3), ("supervised_contrastive", 3), ("dice", 2)],
+)
 def test_all_replicas_are_the_large_batch_on_one_device(float64, name, replicas):
-    case = CASES[name]
     # Batches of 12, and at last of 8, which three replicas cannot share evenly.
-    expected = _train(case, examples=68)
-    everywhere = _train(
-        case,
-        lambda model: _coupled(model, 3, coupled_loss="all_replicas"),
-        replicas,
-        examples=68,
-    )
-    _assert_same(everywhere, expected)
-    own = _train(case, lambda model: _coupled(model, 3), replicas, examples=68)
+    case, examples = CASES[name], 44
+    expected = _train(case, examples=examples)
+    _assert_same(_train(case, _everywhere, replicas, examples=examples), expected)
+    own = _train(case, lambda model: _coupled(model, 3), replicas, examples=examples)
     _assert_other(own, expected)
+
+
+@pytest.mark.skipif(KERAS < (3, 10), reason="no metrics in a loop on replicas before Keras 3.10")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sample_weights",
+        "mean_with_sample_weight",
+        "mask",
+        "several_outputs",
+        "regularisers_and_added_losses",
+        "ema",
+    ],
+)
+def test_all_replicas_whatever_else_is_in_a_training(float64, name):
+    variant = VARIANTS[name]()
+    train = {"arrays": variant.arrays, **variant.train}
+    expected = _train(variant.case, **train)
+    _assert_same(_train(variant.case, _everywhere, 2, **train), expected)
 
 
 @pytest.mark.parametrize("replicas", [0, 1])
