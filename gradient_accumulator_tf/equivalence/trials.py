@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf.equivalence.copies import Copy
 from gradient_accumulator_tf.equivalence.data import rows
 from gradient_accumulator_tf.equivalence.evidence import (
     Evidence,
@@ -17,7 +18,7 @@ from gradient_accumulator_tf.equivalence.evidence import (
     reduced_by_themselves,
 )
 from gradient_accumulator_tf.equivalence.report import VariableDifference
-from gradient_accumulator_tf.equivalence.ways import Copy, Way
+from gradient_accumulator_tf.equivalence.ways import Way
 
 _REORDERED = 3  # how much further than the reordered batch a variable may be
 _BY_ORDER = 0.1  # of the movement: a larger effect of the order is not rounding
@@ -93,7 +94,7 @@ class Trials:
     def __init__(self, model: Any, way: Way, data: tuple, order: np.ndarray, tolerance: float):
         self._model, self._way, self._data, self._order = model, way, data, order
         self._updates, self._size = order.shape
-        self._micro_batch = way.batch_size(self._size)
+        self._micro_batch = way.cut.batch_size(self._size)
         self._one = rows(data, slice(0, 1))[0]
         weights = model.weights
         start = [v.numpy() for v in weights]
