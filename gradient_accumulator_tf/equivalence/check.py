@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from gradient_accumulator_tf._checks import check_number, check_positive_int
-from gradient_accumulator_tf.equivalence.causes import causes_of
+from gradient_accumulator_tf.equivalence.causes import causes_of, repeated_rows
 from gradient_accumulator_tf.equivalence.copies import check_model
 from gradient_accumulator_tf.equivalence.data import effective_batches
 from gradient_accumulator_tf.equivalence.report import EquivalenceReport
@@ -105,10 +105,17 @@ def check_equivalence(
     way = Way(model, make, micro_batch_size, accum_steps)
     data, order = effective_batches(x, y, sample_weight, batch_size, updates)
     trials = Trials(model, way, data, order, tolerance)
-    variables = trials.reference.differences(trials.accumulated())
+    accumulated = trials.accumulated()
+    if not trials.reference.is_met_by(accumulated):
+        trials.add_repeated_rows()
+    variables = trials.reference.differences(accumulated)
     equivalent = all(v.within for v in variables)
-    causes = () if equivalent else causes_of(trials.evidence())
-    report = EquivalenceReport(equivalent, variables, causes, way.setting(order.shape[1], updates))
+    if not equivalent:
+        causes = causes_of(trials.evidence())
+    else:
+        causes = (repeated_rows(trials.repeated_rows),) if trials.repeated_rows else ()
+    setting = way.setting(order.shape[1], updates, bool(trials.repeated_rows))
+    report = EquivalenceReport(equivalent, variables, causes, setting)
     if verbose:
         print(report)
     return report

@@ -1,6 +1,7 @@
 """Copies of a compiled model, which are trained in its place."""
 
 import inspect
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import keras
@@ -19,10 +20,13 @@ class Copy(NamedTuple):
     Attributes:
         model: The copy.
         pairs: List of tuples (variable of the checked model, the same of the copy).
+        sparse: Paths of the copy's variables that sparse gradients were seen of, in a dict or
+            another container; empty if nobody looks.
     """
 
     model: Any
     pairs: list
+    sparse: Container[str] = ()
 
     def values_of(self, variables):
         """What the copy has in place of variables of the checked model, as arrays."""
@@ -32,6 +36,10 @@ class Copy(NamedTuple):
     def moved(self):
         """The checked model's variables that have another value in the copy."""
         return [a for a, b in self.pairs if np.any(a.numpy() != b.numpy())]
+
+    def got_sparse_gradients(self):
+        """Paths of the checked model's variables whose gradients were seen to be sparse."""
+        return tuple(a.path for a, b in self.pairs if b.path in self.sparse)
 
     def updates(self):
         """How many updates its optimizer has made."""

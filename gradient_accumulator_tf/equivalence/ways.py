@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 
 from gradient_accumulator_tf._checks import check_positive_int
 from gradient_accumulator_tf.equivalence.copies import Copies
+from gradient_accumulator_tf.equivalence.sparse_gradients import watch_sparse_gradients
 from gradient_accumulator_tf.models.accumulate import GradientAccumulateModel
+from gradient_accumulator_tf.models.one_piece import UNLIMITED
 from gradient_accumulator_tf.models.wrapper import overridden_methods
 from gradient_accumulator_tf.optimizers.accumulate import (
     GradientAccumulateOptimizer,
@@ -121,27 +122,34 @@ class Way:
         self.calls_optimizer = self.wrapper == "optimizer" or self.has_own_step
         self.reduction = "mean" if self._own is None else self._own.reduction
 
-    def setting(self, size, updates):
+    def setting(self, size, updates, adds_rows=False):
         """What is compared, in words."""
+        rows = " with repeated rows added first" if adds_rows else ""
         return (
-            f"{_WRAPPERS[self.wrapper]}({self.cut}) against the large batch of {size}, "
+            f"{_WRAPPERS[self.wrapper]}({self.cut}) against the large batch of {size}{rows}, "
             f"{updates} update{'s' if updates > 1 else ''}"
         )
 
-    def large(self, x):
-        """The `Copy` for large batches; built with `x`."""
+    def large(self, x, add_rows=False):
+        """The `Copy` for large batches, whose sparse gradients are seen.
+
+        Args:
+            x: Inputs to build it with.
+            add_rows: Whether its optimizer gets sparse gradients with their repeated rows added.
+        """
         copy, pairs = self._copies.new_model(x)
         optimizer = self._copies.new_optimizer(pairs)
+        sparse = watch_sparse_gradients(optimizer, add_rows=add_rows)
         if isinstance(copy, GradientAccumulateModel):
             # A subclass with methods of its own: in one piece.
             if copy.micro_batch_size is None:
                 copy.accum_steps = 1
             else:
-                copy.micro_batch_size = np.iinfo("int32").max
+                copy.micro_batch_size = UNLIMITED
         if self._own is not None and self.has_own_step:
             # Its step may pass weights, or ask for what a plain optimizer does not have.
             optimizer = self._accumulating(optimizer, accum_steps=1)
-        return self._copies.compiled(copy, pairs, optimizer)
+        return self._copies.compiled(copy, pairs, optimizer)._replace(sparse=sparse)
 
     def accumulated(self, x, reduction=None):
         """The `Copy` that accumulates, with another reduction if one is given."""
