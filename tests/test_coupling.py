@@ -51,7 +51,6 @@ class OwnMean(keras.losses.Loss):
         (keras.losses.Dice(axis=(0, 1, 2)), None),
         (keras.losses.Tversky(axis=[0]), None),
         (keras.losses.Dice(axis=-3), 3),
-        (keras.losses.CosineSimilarity(axis=0), None),
     ],
 )
 def test_losses_of_keras_that_couple_are_known(loss, rank):

@@ -44,6 +44,7 @@ COUPLED = {
     "dice over batch and classes": lambda: keras.losses.Dice(axis=(0, 1)),
     "Circle": lambda: keras.losses.Circle(gamma=2.0),
     "contrastive": Contrastive,
+    "cosine along the batch": lambda: keras.losses.CosineSimilarity(axis=0),
 }
 NOT_COUPLED = {
     "Dice of each example": lambda: keras.losses.Dice(axis=(1,)),

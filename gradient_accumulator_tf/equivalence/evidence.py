@@ -146,12 +146,15 @@ def _depends_on_others(loss, y_true, y_pred):
     examples = len(tf.nest.flatten(y_pred)[0])
     alone, again = values_of(0, examples), values_of(0, examples)
     parts = tf.concat([values_of(0, examples // 2), values_of(examples // 2, examples)], axis=0)
-    scale = float(tf.reduce_max(tf.abs(alone)))
-    if float(tf.reduce_max(tf.abs(alone - again))) > 1e-4 * scale:
-        return None  # it draws random numbers
-    if float(tf.reduce_max(tf.abs(alone - parts))) > 1e-4 * scale:
-        return "gives an example another loss in another batch"
-    return None
+    if alone.shape != parts.shape:
+        return "has no value for each example"
+
+    def differ(values):
+        largest = tf.reduce_max(tf.abs(alone - values))
+        return bool(largest > 1e-4 * tf.reduce_max(tf.abs(alone)))
+
+    # A loss that draws random numbers differs from itself.
+    return "gives an example another value in another batch" if differ(parts) > differ(again) else None
 
 
 def _in_dtype(loss, structure):
