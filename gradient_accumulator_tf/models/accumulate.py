@@ -26,6 +26,7 @@ from gradient_accumulator_tf.cycle.schedules import (
     serialize_accum_steps,
 )
 from gradient_accumulator_tf.models.across_steps import AcrossSteps
+from gradient_accumulator_tf.models.coupled_loss import check_coupled_loss
 from gradient_accumulator_tf.models.further_optimizers import optimizers_of
 from gradient_accumulator_tf.models.within_step import WithinStep
 from gradient_accumulator_tf.models.wrapper import ModelWrapper
@@ -144,6 +145,13 @@ class GradientAccumulateModel(ModelWrapper):
             moving statistics included. It is for functional and Sequential models, and keeps what
             batch norms wait with for all examples of the effective batch: 28 to 74 % of what the
             large batch takes per example, measured on five nets.
+        coupled_loss: With `micro_batch_size`, whether the loss compares examples (contrastive
+            losses, Dice over the batch, a loss that divides by its own mask). False (default)
+            computes it for each micro-batch. True computes it once, from the outputs of all
+            examples of the effective batch (of a replica). "all_replicas" takes the outputs of
+            all replicas together, as one device would. The update is then the large batch's for
+            any loss. It costs one more forward pass, and keeps the outputs of all examples. Each
+            output must have one row for each example.
         non_finite: "propagate" (default), "drop_micro_batch" or "drop_cycle"; as for
             `GradientAccumulateOptimizer`. What was dropped is in the logs of an epoch, whose loss
             is then the mean over what was finite.
@@ -163,6 +171,7 @@ class GradientAccumulateModel(ModelWrapper):
         accum_steps: Batches per update; an integer can be set, and holds from the next cycle on.
         micro_batch_size: Examples per micro-batch; can be set, and holds from the next batch on.
         batch_norm: "micro_batch" or "exact".
+        coupled_loss: False, True or "all_replicas".
         non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
 
     Raises:
@@ -170,9 +179,10 @@ class GradientAccumulateModel(ModelWrapper):
             an integer, `shared_inputs` not a list of positions, keys and tuples, or `model` not a
             Keras 3 model.
         ValueError: If not exactly one of the two is given, or an argument that is not known; if
-            `batch_norm="exact"` is given with `accum_steps`; if `model` is given together with
-            `inputs`, `outputs` or a `call` of its own, accumulates by itself, or overrides a
-            method of a training step; or under a ParameterServerStrategy or CentralStorageStrategy.
+            `batch_norm="exact"` or `coupled_loss` is given with `accum_steps`; if `model` is given
+            together with `inputs`, `outputs` or a `call` of its own, accumulates by itself, or
+            overrides a method of a training step; or under a ParameterServerStrategy or
+            CentralStorageStrategy.
     """
 
     def __init__(
@@ -186,6 +196,7 @@ class GradientAccumulateModel(ModelWrapper):
         accum_steps: AccumSteps | None = None,
         micro_batch_size: int | None = None,
         batch_norm: Literal["micro_batch", "exact"] = "micro_batch",
+        coupled_loss: bool | Literal["all_replicas"] = False,
         non_finite: NonFinite = "propagate",
         shared_inputs: Any = None,
         name: str | None = None,
@@ -198,8 +209,15 @@ class GradientAccumulateModel(ModelWrapper):
         _check_arguments(type(self).__name__, model_or_inputs, kwargs)
         mode = _mode_of(accum_steps, micro_batch_size)
         check_choice("batch_norm", batch_norm, ("micro_batch", "exact"))
-        mode.check_arguments(batch_norm, self._own_step)
+        check_coupled_loss(coupled_loss)
+        mode.check_arguments(batch_norm, coupled_loss, self._own_step)
         policy = policy_of(non_finite)
+        if coupled_loss and policy.screens:
+            raise ValueError(
+                "With coupled_loss every example's gradient depends on all others, so no "
+                f"micro-batch can be dropped alone. Received: non_finite={non_finite!r} and "
+                f'coupled_loss={coupled_loss!r}. Pass non_finite="drop_cycle" instead.'
+            )
         if batch_norm == "exact" and policy.screens:
             raise ValueError(
                 'With batch_norm="exact" every example depends on all others, so no micro-batch '
@@ -220,6 +238,7 @@ class GradientAccumulateModel(ModelWrapper):
         super().__init__(model_or_inputs, outputs, inputs=inputs, model=model, **given)
         self._mode = mode
         self._batch_norm = batch_norm
+        self._coupled_loss = coupled_loss
         self._policy = policy
         self._shared_inputs = shared_inputs
         self._drops = mode.new_drops(policy)  # where checkpoints find what it counts
@@ -256,6 +275,11 @@ class GradientAccumulateModel(ModelWrapper):
 
     batch_norm = FixedAttribute[str](
         "_batch_norm", "What trainable batch norms normalise by.", _ANOTHER
+    )
+    coupled_loss = FixedAttribute[Any](
+        "_coupled_loss",
+        'Whose outputs the loss is computed from at once: False, True or "all_replicas".',
+        _ANOTHER,
     )
     non_finite = FixedAttribute[str](
         "_policy.name", "What becomes of gradients that are not finite.", _ANOTHER
@@ -536,6 +560,7 @@ class GradientAccumulateModel(ModelWrapper):
             "accum_steps": serialize_accum_steps(self.accum_steps),
             "micro_batch_size": self.micro_batch_size,
             "batch_norm": self.batch_norm,
+            "coupled_loss": self.coupled_loss,
             "non_finite": self.non_finite,
             "shared_inputs": list(self._shared_inputs) or None,
         }

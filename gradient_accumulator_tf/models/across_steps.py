@@ -32,12 +32,19 @@ class AcrossSteps:
         self._accum_steps = check_accum_steps(accum_steps, "batches per update")
         self._has_looked_for_plain_optimizers = False
 
-    def check_arguments(self, batch_norm, has_own_step):
+    def check_arguments(self, batch_norm, coupled_loss, has_own_step):
         """Raises ValueError if another argument of the model does not go with this mode."""
         if batch_norm == "exact":
             raise ValueError(
                 'batch_norm="exact" needs the whole effective batch in each step. Received: '
                 f"accum_steps={self._accum_steps}. Pass micro_batch_size instead."
+            )
+
+        if coupled_loss:
+            raise ValueError(
+                "`coupled_loss` needs the outputs of the whole effective batch in each step. "
+                f"Received: coupled_loss={coupled_loss!r} with accum_steps={self._accum_steps}. "
+                "Pass micro_batch_size instead."
             )
 
     def accum_steps(self, model):

@@ -60,8 +60,7 @@ def run_micro_step(model, micro_batch, effective=None):
 
     def predict(tape):
         del tape  # which records it anyway
-        training = {"training": True} if _keras.call_has_training_argument(model) else {}
-        return model(micro_batch[0], **training)
+        return call_model(model, micro_batch[0])
 
     loss, y_pred = find_loss(model, micro_batch, predict, effective)
     contributions = []
@@ -72,6 +71,12 @@ def run_micro_step(model, micro_batch, effective=None):
     else:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
     return MicroStep(contributions, loss, update_metrics(model, micro_batch, y_pred))
+
+
+def call_model(model, x):
+    """The predictions of a model in training."""
+    training = {"training": True} if _keras.call_has_training_argument(model) else {}
+    return model(x, **training)
 
 
 def find_loss(model, micro_batch, predict, effective=None):

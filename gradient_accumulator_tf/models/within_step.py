@@ -9,6 +9,7 @@ from gradient_accumulator_tf.cycle.batches import Batch
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.cycle.non_finite import policy_of
 from gradient_accumulator_tf.cycle.rules import Summation, Sums, over_replicas, rules_of
+from gradient_accumulator_tf.models.coupled_loss import run_coupled_step, staged_whole
 from gradient_accumulator_tf.models.micro_step import (
     Effective,
     batch_norms_of,
@@ -21,9 +22,13 @@ from gradient_accumulator_tf.models.micro_step import (
 from gradient_accumulator_tf.models.one_piece import LargestBatch, OwnFit, WarnOfOnePiece
 from gradient_accumulator_tf.optimizers.update_order import one_by_one
 from gradient_accumulator_tf.optimizers.wrapper import parts_of
-from gradient_accumulator_tf.replicated.replicas import on_average_replica, sum_over_replicas
+from gradient_accumulator_tf.replicated.replicas import (
+    on_average_replica,
+    sum_over_replicas,
+    undo_averaging,
+)
 from gradient_accumulator_tf.stages.batch_norm import BATCH_NORM
-from gradient_accumulator_tf.stages.engine import StagedGradients
+from gradient_accumulator_tf.stages.run import staged_at_barriers
 
 
 class WithinStep:
@@ -43,7 +48,7 @@ class WithinStep:
         self._staged = None
         self._drops = None
 
-    def check_arguments(self, batch_norm, has_own_step):
+    def check_arguments(self, batch_norm, coupled_loss, has_own_step):
         """Raises ValueError if another argument of the model does not go with this mode."""
         if has_own_step:
             raise ValueError(
@@ -108,12 +113,14 @@ class WithinStep:
             self._plan(model)
 
     def _plan(self, model):
-        """Cuts a model for `batch_norm="exact"`, unless no batch norm needs it."""
-        if model.batch_norm != "exact" or self._staged is not None:
+        """Prepares a model whose examples meet: in a batch norm, or in the loss."""
+        if self._staged is not None:
             return
         inner = model if model.model is None else model.model
-        if BATCH_NORM.is_in(inner):
-            self._staged = StagedGradients(inner, BATCH_NORM)
+        if model.batch_norm == "exact" and BATCH_NORM.is_in(inner):
+            self._staged = staged_at_barriers(inner, BATCH_NORM)
+        elif model.coupled_loss:
+            self._staged = staged_whole(model)
 
     def optimizer_for(self, model, optimizer):
         """The optimizer to compile with: the user's, which must not accumulate."""
@@ -145,6 +152,8 @@ class WithinStep:
             return self._train(model, batch)
 
     def _train(self, model, batch):
+        if model.coupled_loss:
+            return self._train_coupled(model, batch)
         policy, variables = policy_of(model.non_finite), model.trainable_weights
         total = None  # unknown yet, if micro-batches may be dropped
         if not policy.screens:
@@ -206,6 +215,17 @@ class WithinStep:
         )
         sums = [Sums(gradients, None)] if variables else []
         return (sums, (losses, None)), logs
+
+    def _train_coupled(self, model, batch):
+        """As `_train`, with a loss over all examples."""
+        step = run_coupled_step(model, batch, self._staged, self.micro_batch_size)
+        variables = model.trainable_weights
+        if variables:
+            sums = [Sums(step.gradients, None)]
+            gradients, _ = over_replicas(rules_of(variables), sums)
+            self._update(model, gradients, counts=None)
+        # Keras divides losses by the number of replicas, and logs them undivided.
+        return log_loss(model, step.logs, (undo_averaging(step.total), batch.examples), [])
 
     def _update(self, model, gradients, counts):
         """Updates with the effective batch's gradients, or drops them.
