@@ -21,8 +21,8 @@ from gradient_accumulator_tf.models.micro_step import (
     run_micro_step,
 )
 from gradient_accumulator_tf.models.one_piece import LargestBatch, OwnFit, WarnOfOnePiece
-from gradient_accumulator_tf.optimizers.inner import parts_of
 from gradient_accumulator_tf.models.step_metrics import StepMetrics
+from gradient_accumulator_tf.optimizers.inner import parts_of
 from gradient_accumulator_tf.optimizers.update_order import one_by_one
 from gradient_accumulator_tf.replicated.replicas import (
     number_of_replicas,
