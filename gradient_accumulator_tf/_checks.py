@@ -49,8 +49,13 @@ def check_steps(value, meaning):
     return check_positive_int("accum_steps", value, meaning, instead)
 
 
-def check_number(name, value):
+def check_number(name, value, instead):
     """Returns `value` as a float, or raises if it is not a finite number above 0.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+        instead: A sentence for the message: what to pass.
 
     Raises:
         TypeError: If `value` is not a real number (a bool is not).
@@ -58,17 +63,31 @@ def check_number(name, value):
     """
     rule = f"`{name}` must be a finite number > 0."
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{rule} Received: {name}={value!r} (of type {type(value).__name__}).")
+        kind = type(value).__name__
+        raise TypeError(f"{rule} Received: {name}={value!r} (of type {kind}). {instead}")
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{rule} Received: {name}={value!r}.")
+        raise ValueError(f"{rule} Received: {name}={value!r}. {instead}")
     return float(value)
 
 
 def check_choice(name, value, choices):
     """Raises ValueError if `value` is not one of the strings `choices`."""
     if not isinstance(value, str) or value not in choices:
-        known = " or ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"`{name}` must be {known}. Received: {name}={value!r}.")
+        raise ValueError(
+            f"`{name}` must be {quoted(choices)}. Received: {name}={value!r}. "
+            f'Pass one of these, such as {name}="{closest(value, choices)}".'
+        )
+
+
+def quoted(choices):
+    """The strings `choices` as an error lists them."""
+    return " or ".join(f'"{choice}"' for choice in choices)
+
+
+def closest(value, choices):
+    """The one of `choices` that `value` may be a slip of, or the first."""
+    similar = similar_name(value, choices) if isinstance(value, str) else None
+    return similar or choices[0]
 
 
 def check_keras_model(value, instead, kind="a Keras 3 model"):

@@ -104,7 +104,7 @@ class ModelWrapper(_keras.AnswersForModel, keras.Model):
     @property
     def input_dtype(self) -> str:
         """The dtype of the wrapped model's inputs, or of inputs to a layer of this policy."""
-        graph = self.model is not None and _keras.is_functional(self.model) and self.model.built
+        graph = self.model is not None and _keras.has_graph(self.model)
         dtypes = {tensor.dtype for tensor in self.model.inputs} if graph else ()
         return next(iter(dtypes)) if len(dtypes) == 1 else super().input_dtype
 
@@ -184,7 +184,8 @@ def _wrapped_model(cls, inputs, outputs, model):
     if functional:
         raise ValueError(
             "Either `model` or `inputs` and `outputs` must be given, not both. "
-            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}."
+            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}. Pass `model` "
+            "alone, or `inputs` and `outputs` alone."
         )
     if isinstance(model, ModelWrapper):
         inside = " or wrap the model in it, model.model," if model.model is not None else ""

@@ -140,8 +140,12 @@ class AdaptiveGradientClipping(OptimizerWrapper):
                 f"the accumulation. Received: {type(optimizer).__name__}. Pass "
                 f"{type(optimizer).__name__}(AdaptiveGradientClipping(...), accum_steps=...)."
             )
-        clip_factor = check_number("clip_factor", clip_factor)
-        epsilon = check_number("epsilon", epsilon)
+        clip_factor = check_number(
+            "clip_factor", clip_factor, "Pass for example clip_factor=0.01, as in the paper."
+        )
+        epsilon = check_number(
+            "epsilon", epsilon, "Pass for example epsilon=1e-3, as in the paper."
+        )
         exclude = _checked_patterns(exclude)
         axes_of_units = _checked_unit_axes({} if unit_axes is None else unit_axes)
         super().__init__(optimizer, name, kwargs)

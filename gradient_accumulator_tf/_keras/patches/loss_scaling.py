@@ -121,7 +121,7 @@ def _passed_on(name, accumulating):
             kind = type(self.inner_optimizer).__name__
             raise AttributeError(
                 f"`{name}` is what an accumulating optimizer has. Received: a "
-                f"LossScaleOptimizer around {kind}."
+                f"LossScaleOptimizer around {kind}. Wrap {kind} in a GradientAccumulateOptimizer."
             )
         return getattr(self.inner_optimizer, name)
 
