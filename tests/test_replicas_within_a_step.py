@@ -50,8 +50,7 @@ def trained(make_model, loss, y, strategy=None, **mode):
     return model.fit(x, y, batch_size=size, epochs=2, shuffle=False, verbose=0).history, model
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("run_eagerly", [pytest.param(False, marks=pytest.mark.fast), True])
 def test_a_loss_may_exchange_values_between_replicas(run_eagerly):
     y = [regression_data(2 * STEPS * BATCH, seed=seed)[1] for seed in (2, 3)]
     expected, large = trained(two_outputs, [centred_in_parts, "mae"], y)
