@@ -6,6 +6,8 @@ import numbers
 import operator
 from typing import Any, Generic, NoReturn, TypeVar
 
+import keras
+
 T = TypeVar("T")
 
 # What an int64 variable counts to.
@@ -86,6 +88,31 @@ def closest(value, choices):
     """The one of `choices` that `value` may be a slip of, or the first."""
     similar = similar_name(value, choices) if isinstance(value, str) else None
     return similar or choices[0]
+
+
+def check_keras_model(value, instead, kind="a Keras 3 model"):
+    """Raises TypeError if `value` is not a `keras.Model`.
+
+    Args:
+        value: What the caller passed as `model`.
+        instead: A sentence, what to pass in its place, for the message.
+        kind: What `model` must be, for the message.
+    """
+    if not isinstance(value, keras.Model):
+        name = qualified_name(value)
+        if is_of_older_keras(name):
+            instead = f"{instead} A model of tf_keras (Keras 2) must be built again with `keras`."
+        raise TypeError(f"`model` must be {kind}. Received: {value!r} (of type {name}). {instead}")
+
+
+def qualified_name(value):
+    """Name of the class of `value`, with its module."""
+    return f"{type(value).__module__}.{type(value).__name__}"
+
+
+def is_of_older_keras(name):
+    """Whether a class of that qualified name is one of Keras 2 or of TensorFlow itself."""
+    return "tf_keras" in name or "legacy" in name or name.startswith("tensorflow.python")
 
 
 def operation_name(text):

@@ -321,9 +321,13 @@ def test_state_that_is_not_only_weights():
 
 
 @pytest.mark.parametrize(
-    "build", [functional, nested_without_sharing, with_custom_layer, subclassed]
+    "build, to",
+    [
+        *((functional, to) for to in NAMES),
+        *((build, "accum") for build in (nested_without_sharing, with_custom_layer, subclassed)),
+        (subclassed, "group"),
+    ],
 )
-@pytest.mark.parametrize("to", NAMES)
 def test_training_runs_after_each_swap_and_saves(build, to, tmp_path):
     model = swap_batch_norm(build(), to=to)
     model.compile("sgd", loss="mse")
@@ -342,8 +346,10 @@ def test_training_runs_after_each_swap_and_saves(build, to, tmp_path):
 
 
 # Keras saves no sharing between levels, and a class constructs its own layers.
-@pytest.mark.parametrize("build", [functional, sequential, nested_without_sharing])
-@pytest.mark.parametrize("to", NAMES)
+@pytest.mark.parametrize(
+    "build, to",
+    [*((functional, to) for to in NAMES), (sequential, "accum"), (nested_without_sharing, "group")],
+)
 def test_a_rebuilt_model_saves_whole(build, to, tmp_path):
     model = swap_batch_norm(build(), to=to)
     model.save(tmp_path / "model.keras")

@@ -101,6 +101,38 @@ def added_losses_of_each_replica(model):
 
 
 @contextlib.contextmanager
+def replaced_updates(metrics, replace):
+    """Puts `replace(metric, update_state)` in place of the `update_state` of each metric.
+
+    Args:
+        metrics: List of `keras.Metric`.
+        replace: Function that takes a metric and its method, and returns the function to call.
+    """
+    metrics = list(dict.fromkeys(metrics))  # one may have been given twice
+    # In the object's own `__dict__`, where Keras's `__setattr__` tracks nothing.
+    for metric in metrics:
+        vars(metric)["update_state"] = replace(metric, metric.update_state)
+    try:
+        yield
+    finally:
+        for metric in metrics:
+            del vars(metric)["update_state"]
+
+
+@contextlib.contextmanager
+def compiled_without(model, *names):
+    """Within this context a model is one that was compiled without these parts.
+
+    `Trainer.optimizer`, `_compile_loss`, `_compile_metrics`. What builds a model for its training
+    (`build_for_training`) also makes the slots of the optimizer, which nothing but training needs.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(SUBSTITUTIONS.replaced(model, name, lambda _: None))
+        yield
+
+
+@contextlib.contextmanager
 def activity_regularizers_by_rank(model):
     """Within this context the rank of an activity regulariser's loss says how it counts.
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import keras
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._checks import check_keras_model
 from gradient_accumulator_tf.batch_norm.kinds import is_known_batch_norm, is_like_batch_norm
 from gradient_accumulator_tf.batch_norm.layer import AccumBatchNorm, check_calls
 from gradient_accumulator_tf.batch_norm.layer_swap import LayerSwap
@@ -108,12 +109,7 @@ def swap_batch_norm(
         - Wu and He 2018, Group Normalization, https://arxiv.org/abs/1803.08494
         - Ulyanov et al. 2016, Instance Normalization, https://arxiv.org/abs/1607.08022
     """
-    if not isinstance(model, keras.Model):
-        kind = f"{type(model).__module__}.{type(model).__name__}"
-        raise TypeError(
-            f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Pass the "
-            "keras.Model that contains the layer."
-        )
+    check_keras_model(model, "Pass the keras.Model that contains the layer.")
     check_target(to)
     if accum_steps is not None:
         accum_steps = check_calls(accum_steps)

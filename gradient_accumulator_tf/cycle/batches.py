@@ -260,7 +260,7 @@ def _checked(leaf, first, examples):
     ]
     name = f"{leaf.name} must have one row or as many as {first.name}, or be in shared_inputs"
     wanted = tf.where(is_whole, 1, examples)
-    return _with_rows(leaf.tensor, wanted, received, name), is_whole
+    return with_rows(leaf.tensor, wanted, received, name), is_whole
 
 
 def checked_targets(y_true, y_pred, examples):
@@ -295,13 +295,13 @@ def checked_targets(y_true, y_pred, examples):
     if _static_rows(y_true) is None:
         received = [rule, tf.shape(y_true), "for a micro-batch of", examples, remedy]
         name = "y must have one row for each example as the outputs have one"
-        return _with_rows(y_true, examples, received, name)
+        return with_rows(y_true, examples, received, name)
     if _static_rows(y_true) == 1:
         raise ValueError(f"{rule} {tuple(y_true.shape)}. {remedy}")
     return y_true
 
 
-def _with_rows(tensor, rows, received, name):
+def with_rows(tensor, rows, received, name):
     """The tensor, after a check at run time that it has `rows` rows.
 
     Args:

@@ -16,7 +16,6 @@ from gradient_accumulator_tf._checks import (
     refuse_arguments,
     similar_name,
 )
-from gradient_accumulator_tf._keras.patches import held_by
 from gradient_accumulator_tf.cycle.batches import check_shared_inputs
 from gradient_accumulator_tf.cycle.non_finite import NonFinite, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
@@ -26,6 +25,7 @@ from gradient_accumulator_tf.cycle.schedules import (
     serialize_accum_steps,
 )
 from gradient_accumulator_tf.models.across_steps import AcrossSteps
+from gradient_accumulator_tf.models.coupled_loss import check_coupled_loss
 from gradient_accumulator_tf.models.further_optimizers import optimizers_of
 from gradient_accumulator_tf.models.within_step import WithinStep
 from gradient_accumulator_tf.models.wrapper import ModelWrapper
@@ -34,6 +34,7 @@ from gradient_accumulator_tf.optimizers.accumulate import (
     accumulating_optimizer,
     accumulating_optimizer_of,
 )
+from gradient_accumulator_tf.optimizers.cycle import cycle_of
 from gradient_accumulator_tf.replicated.replicas import (
     check_made_under,
     check_strategy,
@@ -146,6 +147,13 @@ class GradientAccumulateModel(ModelWrapper):
             then the large batch's. "exact" is for functional and Sequential models. It keeps what
             enters a batch norm, or passes it by, for all examples of the effective batch: 28 to
             74 % of what the large batch takes per example, measured on five nets.
+        coupled_loss: With `micro_batch_size`, whether the loss compares examples (contrastive
+            losses, Dice over the batch, a loss that divides by its own mask). False (default)
+            computes it for each micro-batch. True computes it once, from the outputs of all
+            examples of the effective batch (of a replica). "all_replicas" takes the outputs of
+            all replicas together, as one device would. The update is then the large batch's for
+            any loss. It costs one more forward pass, and keeps the outputs of all examples. Each
+            output must have one row for each example.
         non_finite: "propagate" (default), "drop_micro_batch" or "drop_cycle"; as for
             `GradientAccumulateOptimizer`. The logs of an epoch count what was dropped. Their loss
             is then the mean over what was finite.
@@ -165,6 +173,7 @@ class GradientAccumulateModel(ModelWrapper):
         accum_steps: Batches per update; an integer can be set, and holds from the next cycle on.
         micro_batch_size: Examples per micro-batch; can be set, and holds from the next batch on.
         batch_norm: "micro_batch" or "exact".
+        coupled_loss: False, True or "all_replicas".
         non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
 
     Raises:
@@ -172,9 +181,10 @@ class GradientAccumulateModel(ModelWrapper):
             an integer, `shared_inputs` not a list of positions, keys and tuples, or `model` not a
             Keras 3 model.
         ValueError: If not exactly one of the two is given, or an argument that is not known; if
-            `batch_norm="exact"` is given with `accum_steps`; if `model` is given together with
-            `inputs`, `outputs` or a `call` of its own, accumulates by itself, or overrides a
-            method of a training step; or under a ParameterServerStrategy or CentralStorageStrategy.
+            `batch_norm="exact"` or `coupled_loss` is given with `accum_steps`; if `model` is given
+            together with `inputs`, `outputs` or a `call` of its own, accumulates by itself, or
+            overrides a method of a training step; or under a ParameterServerStrategy or
+            CentralStorageStrategy.
     """
 
     def __init__(
@@ -188,6 +198,7 @@ class GradientAccumulateModel(ModelWrapper):
         accum_steps: AccumSteps | None = None,
         micro_batch_size: int | None = None,
         batch_norm: Literal["micro_batch", "exact"] = "micro_batch",
+        coupled_loss: bool | Literal["all_replicas"] = False,
         non_finite: NonFinite = "propagate",
         shared_inputs: Any = None,
         name: str | None = None,
@@ -200,8 +211,15 @@ class GradientAccumulateModel(ModelWrapper):
         _check_arguments(type(self).__name__, model_or_inputs, kwargs)
         mode = _mode_of(accum_steps, micro_batch_size)
         check_choice("batch_norm", batch_norm, ("micro_batch", "exact"))
-        mode.check_arguments(batch_norm, self._own_step)
+        check_coupled_loss(coupled_loss)
+        mode.check_arguments(batch_norm, coupled_loss, self._own_step)
         policy = policy_of(non_finite)
+        if coupled_loss and policy.screens:
+            raise ValueError(
+                "With coupled_loss every example's gradient depends on all others, so no "
+                f"micro-batch can be dropped alone. Received: non_finite={non_finite!r} and "
+                f'coupled_loss={coupled_loss!r}. Pass non_finite="drop_cycle" instead.'
+            )
         if batch_norm == "exact" and policy.screens:
             raise ValueError(
                 'With batch_norm="exact" every example depends on all others, so no micro-batch '
@@ -222,6 +240,7 @@ class GradientAccumulateModel(ModelWrapper):
         super().__init__(model_or_inputs, outputs, inputs=inputs, model=model, **given)
         self._mode = mode
         self._batch_norm = batch_norm
+        self._coupled_loss = coupled_loss
         self._policy = policy
         self._shared_inputs = shared_inputs
         self._drops = mode.new_drops(policy)  # where checkpoints find what it counts
@@ -251,13 +270,22 @@ class GradientAccumulateModel(ModelWrapper):
     @micro_batch_size.setter
     def micro_batch_size(self, value: int) -> None:
         self._mode.set_micro_batch_size(value)
+        # `fit`, `evaluate` and `predict` look these functions up in each step. Keras's own method
+        # makes the first, since what is trainable is still to be as it was.
         if self.train_function is not None:
-            # Keras's own, since what is trainable is still to be as it was; `fit` looks it up in
-            # each step.
             super().make_train_function(force=True)
+        if self.test_function is not None:
+            self.make_test_function(force=True)
+        if self.predict_function is not None:
+            self.make_predict_function(force=True)
 
     batch_norm = FixedAttribute[str](
         "_batch_norm", "What trainable batch norms normalise by.", _ANOTHER
+    )
+    coupled_loss = FixedAttribute[Any](
+        "_coupled_loss",
+        'Whose outputs the loss is computed from at once: False, True or "all_replicas".',
+        _ANOTHER,
     )
     non_finite = FixedAttribute[str](
         "_policy.name", "What becomes of gradients that are not finite.", _ANOTHER
@@ -445,14 +473,51 @@ class GradientAccumulateModel(ModelWrapper):
         Returns:
             Dict of the metrics' values.
         """
-        plain_step = super().train_step
+        return self._step("train_step", data, super().train_step)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """The loss and the metrics of one batch, in micro-batches with `micro_batch_size`.
+
+        They equal those of the plain model on the whole batch where an update would equal its.
+
+        Args:
+            data: What the dataset yields: `x`, `(x, y)` or `(x, y, sample_weight)`, nested.
+
+        Returns:
+            Dict of the metrics' values.
+        """
+        return self._step("test_step", data, super().test_step, without=("optimizer",))
+
+    def predict_step(self, data: Any) -> Any:
+        """The outputs for one batch, in micro-batches with `micro_batch_size`.
+
+        Args:
+            data: What the dataset yields: `x`, or a tuple that begins with it, nested.
+
+        Returns:
+            What the model returns for the batch. Outputs that are not dense tensors with one row
+            for each example are computed for the whole batch at once.
+        """
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        without = ("optimizer", "_compile_loss", "_compile_metrics")
+        return self._step("predict_step", (x,), super().predict_step, without)
+
+    def _step(self, name, data, plain_step, without=()):
+        """One step as the mode takes it.
+
+        Args:
+            name: The method of the mode.
+            data: What the dataset yields.
+            plain_step: Function of it that takes the step as Keras does.
+            without: The parts of a compiled model that the step does not need.
+        """
 
         def build(data):
-            with outside_of_tracing():
+            with outside_of_tracing(), _keras.compiled_without(self, *without):
                 _keras.build_for_training(self, data)
 
         tensors = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
-        return self._mode.train_step(self, tensors, build, lambda: plain_step(data))
+        return getattr(self._mode, name)(self, tensors, build, lambda: plain_step(data))
 
     def micro_batch_weight(self, x: Any, y: Any, sample_weight: Any) -> Any:
         """What a micro-batch counts for where no compiled loss tells; to be overridden.
@@ -489,7 +554,7 @@ class GradientAccumulateModel(ModelWrapper):
         current = accumulating_optimizer_of(self)
         if current is None or optimizer in (current, self.optimizer):
             return
-        held = held_by(current)
+        held = cycle_of(current).held
         if held:
             raise ValueError(
                 "A new optimizer must not take the place of one in mid-cycle, whose gradients "
@@ -538,6 +603,7 @@ class GradientAccumulateModel(ModelWrapper):
             "accum_steps": serialize_accum_steps(self.accum_steps),
             "micro_batch_size": self.micro_batch_size,
             "batch_norm": self.batch_norm,
+            "coupled_loss": self.coupled_loss,
             "non_finite": self.non_finite,
             "shared_inputs": list(self._shared_inputs) or None,
         }

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._checks import check_keras_model
 from gradient_accumulator_tf.models.twin import make_twin
 
 # Those that take part in a training step, which is the wrapper's own.
@@ -179,12 +180,7 @@ def _wrapped_model(cls, inputs, outputs, model):
                 "as model=..."
             )
         return keras.Model(inputs=inputs, outputs=outputs)
-    if not isinstance(model, keras.Model):
-        kind = f"{type(model).__module__}.{type(model).__name__}"
-        raise TypeError(
-            f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Make it with "
-            "keras.Model or keras.Sequential. One of tf_keras (Keras 2) cannot be wrapped."
-        )
+    check_keras_model(model, "Make it with keras.Model or keras.Sequential.")
     if functional:
         raise ValueError(
             "Either `model` or `inputs` and `outputs` must be given, not both. "

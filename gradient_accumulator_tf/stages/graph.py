@@ -33,6 +33,10 @@ class Node:
     outputs: tuple
     barrier: Barrier | None = None
 
+    def name_of(self, key):
+        """What one of the inputs is called in errors."""
+        return f"an input of {self.operation.name!r}"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
