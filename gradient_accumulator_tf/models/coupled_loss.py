@@ -186,10 +186,12 @@ def run_coupled_test(model, batch, micro_batch_size):
     node = LossNode()
 
     def step(micro_batch):
-        _keras.clear_added_losses(model)
-        y_pred = call_model(model, micro_batch[0], training=False)
+        with _keras.added_losses_of_each_replica(model):
+            _keras.clear_added_losses(model)
+            y_pred = call_model(model, micro_batch[0], training=False)
+            added = _keras.added_losses(model)
         weight = check_micro_batch_weight(model.micro_batch_weight(*micro_batch))
-        taken = node.take(y_pred, _keras.added_losses(model), weight)
+        taken = node.take(y_pred, added, weight)
         return (), list(taken.values()), None
 
     _, kept, _ = sum_over_micro_batches(
@@ -221,7 +223,8 @@ def _seen_by_loss(model, batch, rows):
 def _loss_of_rows(model, data, node, rows, training=True):
     """Scalar, the loss of outputs that are given in rows, and of what layers added."""
     over_all = model.coupled_loss == "all_replicas"
-    with as_on_one_device() if over_all else contextlib.nullcontext():
+    one_device = as_on_one_device() if over_all else contextlib.nullcontext()
+    with one_device, _keras.added_losses_of_each_replica(model):
         y_pred, added = node.put_together(rows)
         _keras.clear_added_losses(model)
         if added:
