@@ -10,7 +10,7 @@ LONGEST := exact_batch_norm non_finite callbacks model_losses replicas_contract 
 	wrapped_methods accum_steps optimizer_contract
 
 # Which benchmarks, and where their figures and pictures go: make benchmarks BENCHMARKS=memory
-BENCHMARKS ?= overhead memory communication compile_time batch_norm checkpointing
+BENCHMARKS ?= overhead memory communication compile_time batch_norm coupled_loss checkpointing
 RESULTS ?= benchmarks/results
 
 # How many random trainings, and which: make fuzz FUZZ_EXAMPLES=1000 FUZZ_SEED=7

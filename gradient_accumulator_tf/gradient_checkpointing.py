@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf.replicated.side_effects import held_back, perform
+from gradient_accumulator_tf.replicated.side_effects import RecordingScope, held_back, perform
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -120,7 +120,7 @@ class GradientCheckpoint(keras.layers.Wrapper):
                 given[place] = tensor
             own = tf.nest.pack_sequence_as((args, kwargs), given, expand_composites=True)
             _set_masks(tf.nest.flatten(own), masks)
-            with held_back() as actions, _Scope(begins, collect_losses=True) as scope:
+            with held_back() as actions, RecordingScope(begins, collect_losses=True) as scope:
                 # Named, as the second pass is outside of the call that layers take it from.
                 outputs = self.layer(*own[0], training=training, **own[1])
             masks_out = keras.tree.map_structure(_keras.keras_mask, outputs)
@@ -170,22 +170,6 @@ class GradientCheckpoint(keras.layers.Wrapper):
             f"be computed through what is assigned. Received: {self.layer.name!r}, which assigns "
             f"to {variable.path!r}. Leave the layer that does so out of the GradientCheckpoint."
         )
-
-
-class _Scope(keras.StatelessScope):
-    """A scope that knows which variables have changed in it, whoever's they are."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._changed = {}
-
-    def add_update(self, update):
-        self._changed[id(update[0])] = update[0]
-        super().add_update(update)
-
-    def changes(self):
-        """Pairs of a variable and its value at the end."""
-        return [(v, self.get_current_value(v)) for v in self._changed.values()]
 
 
 def _is_numeric(leaf):

@@ -121,7 +121,9 @@ def test_nothing_is_begun_anew_in_silence(tmp_path):
         train(tmp_path)
     for name in ("backup-1", "backup-2"):
         (tmp_path / name / "training_metadata.json").unlink()
-    with pytest.raises(FileNotFoundError, match="must hold two files"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold two files.*backup-2.*Delete .* to train"
+    ):
         train(tmp_path)
 
 

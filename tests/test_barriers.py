@@ -8,7 +8,7 @@ import tensorflow as tf
 from gradient_accumulator_tf.cycle.batches import Batch
 from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
 from gradient_accumulator_tf.stages.barrier import Barrier, BarrierKind, Finished
-from gradient_accumulator_tf.stages.engine import StagedGradients
+from gradient_accumulator_tf.stages.run import staged_at_barriers
 from tests.oracle import difference, each_in_turn, mirrored
 
 EXAMPLES, MICRO, FEATURES = 11, 3, 5
@@ -145,7 +145,7 @@ def _of_the_large_batch(model, x, y):
 
 def _staged(model, micro_batch_size=MICRO):
     """Function of x and y that returns the loss and the gradients in micro-batches."""
-    engine = StagedGradients(model, KIND)
+    engine = staged_at_barriers(model, KIND)
 
     def denominators(predict, micro_batch):
         return tf.cast(tf.shape(predict(None))[0], tf.float64)

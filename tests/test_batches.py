@@ -349,11 +349,15 @@ def test_shared_inputs_are_checked_and_saved():
     copy = GradientAccumulateModel.from_config(model.get_config())
     assert copy.shared_inputs == model.shared_inputs
     assert wrapped(dense_model()).get_config()["shared_inputs"] is None
-    for value, word in ((1.5, "float"), ([True], "bool"), ([("a", None)], "NoneType")):
-        with raises(TypeError, "positions or keys", f"shared_inputs={value!r}", word):
+    for value, word, remedy in (
+        (1.5, "float", "Pass a list of these"),
+        ([True], "bool", "Pass an integer for a list or tuple, and a string for a dict"),
+        ([("a", None)], "NoneType", "Pass an integer"),
+    ):
+        with raises(TypeError, "positions or keys", f"shared_inputs={value!r}", word, remedy):
             wrapped(dense_model(), shared_inputs=value)
-    for value in ([-1], [()]):
-        with raises(ValueError, "positions or keys", f"shared_inputs={value!r}"):
+    for value, remedy in (([-1], "Count positions from 0"), ([()], "Leave the empty one out")):
+        with raises(ValueError, "positions or keys", f"shared_inputs={value!r}", remedy):
             wrapped(dense_model(), shared_inputs=value)
 
 

@@ -514,6 +514,23 @@ def _sequence(*inner):
     return keras.Sequential([keras.Input((6, 5)), *inner])
 
 
+class _Joining(layers.Layer):
+    def call(self, inputs, training=None):
+        return keras.ops.concatenate(inputs, -1)
+
+
+def _without_graph():
+    """A built Sequential model that Keras makes no graph of, since its inputs are nested."""
+    model = keras.Sequential([_Joining(), _bn()], name="joined")
+    model([tf.ones((4, 2)), tf.ones((4, 3))])
+    return model
+
+
+def _around_one_without_graph():
+    inputs = [keras.Input((2,)), keras.Input((3,))]
+    return keras.Model(inputs, layers.Dense(1)(_without_graph()(inputs)))
+
+
 REFUSED = {
     "subclassed": (_Subclassed, "_Subclassed, which is not a graph"),
     "custom_layer": (lambda: _sequence(_Hiding()), "hidden.*is hidden in a _Hiding"),
@@ -521,6 +538,8 @@ REFUSED = {
         lambda: _sequence(layers.TimeDistributed(_bn())),
         "is hidden in a TimeDistributed",
     ),
+    "sequential": (_without_graph, "joined/.*is in a Sequential with nested inputs or"),
+    "inner_sequential": (_around_one_without_graph, "joined/.*hidden in a Sequential with nested"),
     "renorm": (
         lambda: _sequence(_bn(renorm=True)),
         "is a BatchNormalization, which may be more",

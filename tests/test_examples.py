@@ -144,4 +144,4 @@ def test_every_example_is_a_script(tmp_path, monkeypatch):
     command = [sys.executable, "-c", RUN_ALL, EXAMPLES, *scripts]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("usage: ") == len(scripts) == 8
+    assert run.stdout.count("usage: ") == len(scripts) == 9

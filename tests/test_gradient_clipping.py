@@ -384,9 +384,10 @@ def test_callbacks_see_the_inner_optimizers_learning_rate():
     "arguments, error, message",
     [
         ({"clip_factor": 0}, ValueError, r"`clip_factor` must be .* > 0. Received: clip_factor=0"),
+        ({"clip_factor": None}, TypeError, r"None .*NoneType\). Pass for example clip_factor=0.01"),
         ({"clip_factor": "0.1"}, TypeError, r"clip_factor='0.1' \(of type str\)"),
         ({"epsilon": -1.0}, ValueError, "epsilon=-1.0"),
-        ({"epsilon": float("nan")}, ValueError, "epsilon=nan"),
+        ({"epsilon": float("nan")}, ValueError, "epsilon=nan. Pass for example epsilon=1e-3"),
         ({"exclude": "bias"}, TypeError, r'exclude=.bias.\. Pass for example \["bias"\]'),
         ({"exclude": [3]}, TypeError, r"Received: 3 \(of type int\)"),
         ({"exclude": ["("]}, ValueError, "Received: '[(]', where .*re.escape"),

@@ -749,13 +749,21 @@ def test_a_layer_whose_copy_differs_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"to": "groups"}, ValueError, "Received: to='groups'"),
-        ({"to": None}, ValueError, "Received: to=None"),
+        ({"to": "groups"}, ValueError, "Received: to='groups'. Pass .* such as to=\"group\""),
+        ({"to": None}, ValueError, 'Received: to=None. Pass one of these, such as to="accum"'),
         ({"accum_steps": 0}, ValueError, "Received: accum_steps=0"),
         ({"accum_steps": 2.0}, TypeError, r"Received: accum_steps=2\.0"),
         ({"to": "group", "accum_steps": 2}, ValueError, "Received: to='group', accum_steps=2"),
-        ({"to": lambda _: 3}, TypeError, r"Received: 3 \(of type int\) for functional/bn"),
-        ({"to": lambda _: "groups"}, ValueError, "Received: to='groups'"),
+        (
+            {"to": lambda _: 3},
+            TypeError,
+            r"`to` must return .* Received: 3 \(of type int\) for functional/bn.* Return one",
+        ),
+        (
+            {"to": lambda _: "groups"},
+            ValueError,
+            "`to` must return .* Received: 'groups' .* for functional/bn.* such as \"group\" or",
+        ),
     ],
 )
 def test_arguments_are_checked(arguments, error, message):
@@ -764,5 +772,5 @@ def test_arguments_are_checked(arguments, error, message):
 
 
 def test_a_layer_is_not_a_model():
-    with pytest.raises(TypeError, match=r"Received: .*BatchNormalization\)"):
+    with pytest.raises(TypeError, match=r"Received: .*BatchNormalization\). Pass the keras.Model"):
         swap_batch_norm(layers.BatchNormalization())

@@ -17,9 +17,10 @@ def raises(error, *texts):
 
 @pytest.mark.fast
 def test_exactly_one_mode_is_needed():
-    with raises(ValueError, "Exactly one", "accum_steps=None, micro_batch_size=None"):
+    remedy = "Pass micro_batch_size if the effective batch can be loaded at once, or else"
+    with raises(ValueError, "Exactly one", "accum_steps=None, micro_batch_size=None", remedy):
         GradientAccumulateModel(model=dense_model())
-    with raises(ValueError, "Exactly one", "accum_steps=2, micro_batch_size=4"):
+    with raises(ValueError, "Exactly one", "accum_steps=2, micro_batch_size=4", remedy):
         GradientAccumulateModel(model=dense_model(), accum_steps=2, micro_batch_size=4)
 
 
@@ -44,7 +45,7 @@ def test_integers_of_numpy_are_integers(mode):
 @pytest.mark.fast
 def test_a_model_comes_alone():
     model = dense_model()
-    with raises(ValueError, "not both", "model=<Sequential"):
+    with raises(ValueError, "not both", "model=<Sequential", "`inputs` and `outputs` alone"):
         GradientAccumulateModel(
             inputs=model.inputs, outputs=model.outputs, model=model, accum_steps=2
         )

@@ -453,3 +453,15 @@ def test_finalize_flushes_and_then_takes_the_moving_average():
     optimizer.finalize_variable_values([v])
     # Updates to 0 and -2; the average starts at the first and moves half-way to the second.
     assert float(v.numpy()) == -1.0
+
+
+@pytest.mark.fast
+def test_completion_shows_what_is_documented_and_nothing_else():
+    optimizer = GradientAccumulateOptimizer("sgd", 2)
+    optimizer.build([keras.Variable(0.0)])
+    of_keras = set(dir(keras.optimizers.SGD()))
+    own = {name for name in dir(optimizer) if not name.startswith("_")} - of_keras
+    properties = {"micro_step", "steps_in_cycle", "just_updated", "ended_in_update", "optimizers"}
+    properties |= {"accum_steps", "reduction", "non_finite"}
+    properties |= {"dropped_micro_steps", "dropped_cycles"}
+    assert own == properties | {"flush", "reset", "rebuild"}

@@ -60,6 +60,20 @@ def set_keras_mask(tensor, mask):
     return tensor
 
 
+def keras_logits(tensor):
+    """The logits that losses compute from in place of these probabilities, or None.
+
+    `_keras_logits`, which Keras's activations attach to what they return.
+    """
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_keras_logits(tensor, logits):
+    """Attaches logits to probabilities, where a loss finds them: `_keras_logits`."""
+    if logits is not None:
+        tensor._keras_logits = logits
+
+
 def adopt_call_arguments(layer, other):
     """Lets Keras read the arguments of a call of `layer` as those of a call of `other`.
 

@@ -213,6 +213,25 @@ class Summation:
         others = tf.nest.map_structure(lambda t, m: None if t is None else t + m, others, more)
         return added, others
 
+    def both(self, gradients, others):
+        """What the same examples found in two places, as one.
+
+        Args:
+            gradients: List with a tensor, a `tf.IndexedSlices` or None for each variable.
+            others: The same from another place.
+
+        Returns:
+            Such a list without slices.
+        """
+        found = []
+        for rule, *pair in zip(self._rules, gradients, others, strict=True):
+            present = [g for g in pair if g is not None]
+            total = rule.zero() if present else None
+            for gradient in present:
+                total = rule.add(total, gradient, None)
+            found.append(total)
+        return found
+
 
 def over_replicas(rules, sums, others=()):
     """The gradients of the effective batch over all replicas, which synchronise here.

@@ -77,6 +77,48 @@ def on_average_replica(total):
     return None if total is None else total / number_of_replicas()
 
 
+def rows_of_all_replicas(tensor):
+    """The rows of all replicas as one tensor, in the order of the replicas.
+
+    Must be called in replica context, outside of loops and conditionals.
+    """
+    if number_of_replicas() == 1:
+        return tensor
+    # It needs a device, and a value read from a variable reports none.
+    return tf.distribute.get_replica_context().all_gather(tf.identity(tensor), axis=0)
+
+
+def own_rows(rows, number):
+    """The reverse of `rows_of_all_replicas`: this replica's `number` rows."""
+    if number_of_replicas() == 1:
+        return rows
+    context = tf.distribute.get_replica_context()
+    numbers = context.all_gather(tf.reshape(number, [1]), axis=0)
+    start = tf.reduce_sum(numbers[: context.replica_id_in_sync_group])
+    return rows[start : start + number]
+
+
+@contextlib.contextmanager
+def as_on_one_device():
+    """Within this context Keras divides no mean by the number of replicas.
+
+    For a loss over the examples of all replicas, which each replica computes as a whole. Variables
+    are read as this replica has them. Nothing within it may synchronise replicas.
+    """
+    if number_of_replicas() == 1:
+        yield
+        return
+    context = tf.distribute.get_replica_context()
+    (device,) = tf.nest.flatten(context.devices)
+    strategy = tf.distribute.OneDeviceStrategy(device)
+    replica = context.replica_id_in_sync_group
+    with (
+        tf.distribute.ReplicaContext(strategy, replica_id_in_sync_group=replica),
+        tf.device(device),
+    ):
+        yield
+
+
 def check_strategy():
     """Raises ValueError if nothing here can work under the strategy in force."""
     strategy = tf.distribute.get_strategy()

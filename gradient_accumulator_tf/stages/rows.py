@@ -2,21 +2,46 @@
 
 import tensorflow as tf
 
-from gradient_accumulator_tf.cycle.batches import Batch
+from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf.cycle.batches import Batch, with_rows
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 
 
-def gathered(kept, batch, micro_batch_size):
+def gathered(kept, batch, micro_batch_size, name):
     """The rows of all micro-batches as one tensor, in the order of the examples.
 
     Args:
-        kept: `Kept`, whose tensors have static shapes but for the rows.
+        kept: `Kept`, whose tensors have a row for each example of their micro-batch.
         batch: The effective `Batch`.
         micro_batch_size: Examples in a micro-batch.
+        name: What the rows are, for errors.
 
     Returns:
         Tensor of shape (examples, ...).
+
+    Raises:
+        ValueError: If the tensors have another number of rows, or with XLA no static shape.
     """
+    shape = kept.rest.shape[1:]
+    if shape.is_fully_defined():
+        return _scattered(kept, batch, micro_batch_size, name)
+    if _keras.compiles_with_xla():
+        raise ValueError(
+            "With XLA all dimensions but the first must be static where rows of several "
+            f"micro-batches meet. Received: {name} of shape {kept.rest.shape}. Give the model's "
+            "inputs a static shape, or compile with jit_compile=False."
+        )
+    if not isinstance(kept.looped, list):
+        return kept.looped.concat()
+    return tf.concat(kept.looped, 0) if kept.looped else kept.rest
+
+
+def _scattered(kept, batch, micro_batch_size, name):
+    """Each row is written into its place. XLA knows no concatenation of two sizes."""
+
+    def step(numbers, rows):
+        (numbers,) = numbers
+        return (numbers, _with_a_row_for_each(numbers, rows, name)), [], None
 
     def zeros(like):
         _, rows = like
@@ -26,16 +51,32 @@ def gathered(kept, batch, micro_batch_size):
         numbers, rows = numbers_and_rows
         return tf.tensor_scatter_nd_update(total, numbers[:, tf.newaxis], rows)
 
-    # Each row is written into its place. XLA knows no concatenation of micro-batches of two sizes.
     total, _, _ = sum_over_micro_batches(
-        lambda numbers, rows: ((*numbers, rows), [], None),
-        batch.counter(),
-        micro_batch_size,
-        zeros,
-        add,
-        kept=[kept],
+        step, batch.counter(), micro_batch_size, zeros, add, kept=[kept]
     )
     return total
+
+
+def _with_a_row_for_each(numbers, rows, name):
+    """The rows, once they are known to be as many as the examples."""
+    rule = "The rows of a micro-batch must be as many as its examples where all examples meet."
+    remedy = "Reshape them to (examples, ...): two rows for each example are (examples, 2, ...)."
+    examples, found = numbers.shape[0], rows.shape[0]
+    if examples is None or found is None:
+        received = [
+            rule,
+            f"Received: {name} of shape",
+            tf.shape(rows),
+            "for",
+            tf.shape(numbers)[0],
+            remedy,
+        ]
+        return with_rows(
+            rows, tf.shape(numbers)[0], received, f"{name} must have a row for each example"
+        )
+    if examples != found:
+        raise ValueError(f"{rule} Received: {name} of shape {rows.shape} for {examples}. {remedy}")
+    return rows
 
 
 def spread(tensor, batch, micro_batch_size):

@@ -1,10 +1,18 @@
-"""The computation of one stage for one micro-batch, which changes nothing."""
+"""The computation of one stage of a graph, for one micro-batch."""
 
 import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf.stages.repeatable import check_repeatable, traced_operations
+from gradient_accumulator_tf.replicated.side_effects import RecordingScope
+from gradient_accumulator_tf.stages.cuts import cut
+from gradient_accumulator_tf.stages.engine import StagedGradients
+from gradient_accumulator_tf.stages.graph import flat_graph
+from gradient_accumulator_tf.stages.repeatable import (
+    check_repeatable,
+    trace,
+    watched_operations,
+)
 
 
 class StageRunner:
@@ -20,10 +28,11 @@ class StageRunner:
 
     def __init__(self, model, graph, kind):
         self._model, self._graph, self._kind = model, graph, kind
+        self._checked = set()
         self._training = _Training(name="training", dtype=model.dtype_policy, autocast=False)
 
-    def run(self, stage, micro_batch, reads, statistics, draws):
-        """Computes a stage.
+    def forward(self, stage, micro_batch, reads, statistics):
+        """Computes a stage; its random states move on.
 
         Args:
             stage: The `Stage`.
@@ -31,15 +40,59 @@ class StageRunner:
                 none of these.
             reads: List of the tensors `stage.reads`.
             statistics: Dict of the barriers' statistics, by node.
-            draws: List of the values that `stage.states` begin with.
 
         Returns:
             Dict of the tensors of the graph that were read or computed, and list of the values
-            that `stage.states` end with.
+            that `stage.states` began with.
 
         Raises:
             ValueError: If a layer does what a second computation would not repeat.
         """
+        starts = [tf.identity(v.value) for v in stage.states]
+        if tf.executing_eagerly() and stage not in self._checked:
+            trace(lambda: self._run(stage, micro_batch, reads, statistics, starts))
+            self._checked.add(stage)
+        tensors, ends = self._run(stage, micro_batch, reads, statistics, starts)
+        for variable, value in zip(stage.states, ends, strict=True):
+            variable.assign(value)
+        return tensors, starts
+
+    def preview(self, stage, micro_batch, reads, statistics):
+        """What `forward` would compute next; nothing moves."""
+        starts = [tf.identity(v.value) for v in stage.states]
+        return self.replay(stage, micro_batch, reads, statistics, starts)
+
+    def replay(self, stage, micro_batch, reads, statistics, starts):
+        """Computes a stage again; nothing moves.
+
+        Args:
+            stage: As for `forward`.
+            micro_batch: As for `forward`.
+            reads: As for `forward`.
+            statistics: As for `forward`.
+            starts: List of the values that `forward` began with.
+
+        Returns:
+            The dict that `forward` returned.
+        """
+        return self._run(stage, micro_batch, reads, statistics, starts)[0]
+
+    def predictions(self, tensors):
+        """The model's outputs, nested as its call returns them, from what the last stage made."""
+        return _keras.packed_outputs(self._model, [tensors[key] for key in self._graph.outputs])
+
+    def ends(self, tensors, micro_batch, loss):
+        """Dict of what a loss over all examples reads, by what `loss.inputs` then has.
+
+        Args:
+            tensors: What the last stage computed.
+            micro_batch: Tuple `(x, y, sample_weight)`.
+            loss: `LossNode`.
+        """
+        del micro_batch
+        return loss.take(self.predictions(tensors))
+
+    def _run(self, stage, micro_batch, reads, statistics, starts):
         tensors = dict(zip(stage.reads, reads, strict=True))
         if stage.inputs:
             inputs = _keras.standardized_inputs(self._model, micro_batch[0])
@@ -55,17 +108,14 @@ class StageRunner:
                 tensors.update(zip(node.outputs, outputs, strict=True))
             return ()
 
-        known = set(traced_operations())
-        states = zip(stage.states, draws, strict=True)
-        with keras.StatelessScope(state_mapping=states, collect_losses=True) as scope:
+        states = list(zip(stage.states, starts, strict=True))
+        with (
+            watched_operations() as operations,
+            RecordingScope(states, collect_losses=True) as scope,
+        ):
             self._training((), function=compute, training=True)
-        traced = [op for op in traced_operations() if op not in known]
-        check_repeatable(stage, scope, traced, self._model, self._kind)
+        check_repeatable(stage, scope, operations, self._kind)
         return tensors, [scope.get_current_value(v) for v in stage.states]
-
-    def predictions(self, tensors):
-        """The model's outputs, nested as its call returns them, from what the last stage made."""
-        return _keras.packed_outputs(self._model, [tensors[key] for key in self._graph.outputs])
 
 
 class _Training(keras.layers.Layer):
@@ -87,12 +137,16 @@ def _call(node, inputs):
     return keras.tree.flatten(layer(*args, **kwargs))
 
 
-def start_of(states):
-    """List of the values that random states hold now."""
-    return [tf.identity(v.value) for v in states]
+def staged_at_barriers(model, kind):
+    """`StagedGradients` for a model that is cut at each of its barriers.
 
+    Args:
+        model: A functional or Sequential model, built. Its `trainable` flags count as they are
+            now.
+        kind: `BarrierKind`, which of its layers look across examples.
 
-def assign_all(states, values):
-    """Assigns the values that random states end with."""
-    for variable, value in zip(states, values, strict=True):
-        variable.assign(value)
+    Raises:
+        ValueError: If the model's graph cannot be cut at each barrier.
+    """
+    graph = flat_graph(model, kind)
+    return StagedGradients(cut(graph), StageRunner(model, graph, kind))
