@@ -160,6 +160,15 @@ class Trials:
             repeated_rows=self.repeated_rows,
         )
 
+    def is_equal_if_coupled(self) -> bool:
+        """Whether the model equals the large batches with `coupled_loss=True`."""
+        micro_batch_size = self._way.cut.micro_batch_size or self._micro_batch
+        try:
+            copy = self._way.coupled(self._one, micro_batch_size)
+            return copy is not None and self.reference.is_met_by(self._train(copy, self._size))
+        except Exception:  # it refuses some models, with an error that is not for this user
+            return False
+
     def _train(self, copy, batch_size, *, order=None, show_warnings=False, **fit):
         x, y, sample_weight = rows(self._data, (self._order if order is None else order).ravel())
         fit = {"batch_size": batch_size, "shuffle": False, "verbose": 0, **fit}
