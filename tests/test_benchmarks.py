@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import _common, _meters, _rivals, batch_norm, compile_time, memory, overhead
+from benchmarks import (
+    _common,
+    _meters,
+    _rivals,
+    batch_norm,
+    compile_time,
+    coupled_loss,
+    memory,
+    overhead,
+)
 from benchmarks._rivals import BUILT_IN, LARGE, LOOP, OPTIMIZER, PLAIN
 
 TINY = {
@@ -138,6 +147,29 @@ def test_batch_norm_in_all_its_parts(float64, in_this_process, tmp_path, capsys)
     tables = [row[0] for row in rows_of(capsys.readouterr().out)]
     assert f"U-Net, {batch_norm.EXACT}" in tables and "U-Net, Adam" in tables
     assert set(json.loads((tmp_path / "all.json").read_text())) == {"setting", *results}
+
+
+def test_coupled_loss_in_all_its_parts(float64, in_this_process, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        coupled_loss, "peak", lambda way, *args: {coupled_loss.COUPLED: 4e6}.get(way, 2e6)
+    )
+    monkeypatch.setattr(coupled_loss, "peak_of_loss", lambda examples: examples * 1e6 / 4)
+    monkeypatch.setattr(_meters, "check_meter", lambda parser: None)
+    table, drawing = tmp_path / "coupled.json", tmp_path / "coupled.png"
+    results = coupled_loss.main(
+        "--effective-batches 4 8 --error-batches 8 --micro-batch-size 3 --size 8".split()
+        + "--filters 2 --processes 1 --repeats 2".split()
+        + ["--json", str(table), "--plot", str(drawing)]
+    )
+    assert list(results) == list(coupled_loss.PARTS)
+    errors = results["error"][8]
+    assert errors[coupled_loss.COUPLED] < 1e-9 and errors[coupled_loss.ORDINARY] > 1e-2
+    assert all(len(steps) == 2 for steps in results["time"][4].values())
+    printed = capsys.readouterr().out
+    assert "4: peak without the loss within 1.15 of ordinary accumulation? no (1.50)" in printed
+    assert "8: peak without the loss within 1.15 of ordinary accumulation? yes (1.00)" in printed
+    assert set(json.loads(table.read_text())) == {"setting", *results}
+    assert drawing.stat().st_size > 0
 
 
 def test_compile_time_of_each_rival(tiny_cases, tmp_path, capsys):

@@ -431,7 +431,7 @@ def test_a_deep_model_shows_what_is_furthest_off():
         ({"accum_steps": 5}, "multiple of `accum_steps`. Received: batch_size=32, accum_steps=5"),
         ({"accum_steps": 2, "batch_size": 33}, "at least one effective batch.*32 examples"),
         ({"accum_steps": 2, "updates": 0}, "`updates` must be an integer >= 1"),
-        ({"accum_steps": 2, "tolerance": -1.0}, "`tolerance` must be a finite number > 0"),
+        ({"accum_steps": 2, "tolerance": -1.0}, "finite number > 0.*=-1.0. Pass .* tolerance=1e-3"),
         (
             {"accum_steps": 2, "sample_weight": np.ones(3)},
             "same number of examples, at least 1. Received: x of 32, y of 32, sample_weight of 3 "

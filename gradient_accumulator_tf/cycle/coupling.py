@@ -13,6 +13,10 @@ import keras
 import tensorflow as tf
 
 
+class CoupledLossWarning(UserWarning):
+    """A loss couples the examples of a batch, or may do so, and is computed per micro-batch."""
+
+
 class Coupling(NamedTuple):
     """A loss that couples examples, or may do so.
 
@@ -106,7 +110,9 @@ def couplings_of(losses: Any, outputs: Any = None) -> list[Coupling]:
         reason = couples(loss, rank)
         if reason is not None:
             found.append(Coupling(name, reason, certain=True))
-        elif output is not None and _name_in_keras(loss) is None:
+        elif output is None or _name_in_keras(loss) is not None:
+            continue
+        elif getattr(loss, "reduction", None) != "sum":  # which is a sum over micro-batches as well
             if reduces_by_itself(loss, output):
                 found.append(Coupling(name, _WHOLE, certain=False))
     return list(dict.fromkeys(found))
@@ -145,7 +151,7 @@ def warn_of(couplings: list[Coupling], setting: str) -> None:
                 f"a model with {setting}. For a mean, let it return a value for each example. "
                 f"Otherwise use {remedy}."
             )
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, CoupledLossWarning, stacklevel=3)
 
 
 def _name_in_keras(loss):

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._keras.substitutions import SUBSTITUTIONS
 from gradient_accumulator_tf.cycle.batches import checked_targets
 from gradient_accumulator_tf.cycle.losses import Term
 from gradient_accumulator_tf.replicated.replicas import undo_averaging
@@ -57,6 +58,9 @@ class LossRecorder:
         examples: int or int32 scalar, examples of the micro-batch.
         times_weighed: Dict of scalars by the `id` of weights: how many micro-batches these are
             in, if it is not one. None if each is in one.
+
+    Attributes:
+        whole: List of the names of the losses that returned one number for the micro-batch.
     """
 
     def __init__(self, tape, same_shapes, examples, times_weighed=None):
@@ -65,6 +69,7 @@ class LossRecorder:
         self._examples = examples
         self._times_weighed = times_weighed or {}
         self._compiled, self._added = [], []
+        self.whole = []
 
     @property
     def terms(self):
@@ -101,6 +106,8 @@ class LossRecorder:
                     'Use the reduction "sum_over_batch_size", "mean_with_sample_weight" or "sum".'
                 )
             averaged = loss.reduction != "sum"
+            if averaged and values is not None and values.shape.rank == 0:
+                self.whole.append(loss.name)
             divisor = None
             if averaged and not self._in_proportion(loss, values, y_pred, sample_weight):
                 divisor = denominator(loss, values, y_true, y_pred, sample_weight)
@@ -165,13 +172,10 @@ def call_and_keep_values(loss, y_true, y_pred, sample_weight):
     """The loss, and the unreduced values that its `call` returned (None if it has no `call`)."""
     kept = []
 
-    def call(*args, **kwargs):
-        kept.append(type(loss).call(loss, *args, **kwargs))
+    def call(method, *args, **kwargs):
+        kept.append(method(*args, **kwargs))
         return kept[-1]
 
-    loss.call = call
-    try:
+    with SUBSTITUTIONS.routed(loss, "call", call):
         value = loss(y_true, y_pred, sample_weight)
-    finally:
-        del loss.call
     return value, kept[0] if kept else None

@@ -101,7 +101,7 @@ def check_equivalence(
     updates = check_positive_int(
         "updates", updates, "updates to make", "Pass updates=1 for the first one alone."
     )
-    tolerance = check_number("tolerance", tolerance)
+    tolerance = check_number("tolerance", tolerance, "Pass for example tolerance=1e-3.")
     way = Way(model, make, micro_batch_size, accum_steps)
     data, order = effective_batches(x, y, sample_weight, batch_size, updates)
     trials = Trials(model, way, data, order, tolerance)

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf.cycle.coupling import CoupledLossWarning
 from gradient_accumulator_tf.equivalence.copies import Copy
 from gradient_accumulator_tf.equivalence.data import rows
 from gradient_accumulator_tf.equivalence.evidence import (
@@ -214,10 +215,10 @@ def _distance(starts, ends):
 
 @contextlib.contextmanager
 def _quietly(show_warnings: bool) -> Iterator[None]:
-    """Hides TensorFlow's warning of many traces, since each copy has its own.
+    """Hides what each copy would say: of many traces, and of a loss that couples examples.
 
     Args:
-        show_warnings: Whether the training's own warnings are shown, as they are of one copy.
+        show_warnings: Whether all other warnings are shown, as they are of one copy.
     """
 
     def is_not_of_tracing(record):
@@ -227,8 +228,7 @@ def _quietly(show_warnings: bool) -> Iterator[None]:
     logger.addFilter(is_not_of_tracing)
     try:
         with warnings.catch_warnings():
-            if not show_warnings:
-                warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", CoupledLossWarning if show_warnings else Warning)
             yield
     finally:
         logger.removeFilter(is_not_of_tracing)
