@@ -3,8 +3,11 @@
 PYTHON ?= python3
 # More arguments for pytest: make test PYTEST_ARGS="-k optimizer"
 PYTEST_ARGS ?=
-# Test files at a time; each needs a core and up to 4 GB.
+# Test processes at a time; each needs a core and up to 4 GB.
 JOBS ?= 2
+LONGEST := exact_batch_norm non_finite callbacks model_losses replicas_contract replicas \
+	gradient_checkpointing multi_worker model_training one_device model_data equivalence layer_swap \
+	wrapped_methods accum_steps optimizer_contract
 
 # Which benchmarks, and where their figures and pictures go: make benchmarks BENCHMARKS=memory
 BENCHMARKS ?= overhead memory communication compile_time batch_norm coupled_loss checkpointing
@@ -37,12 +40,17 @@ demo benchmarks: export TF_CPP_MIN_LOG_LEVEL = 2
 demo: $(STAMP)  ## train the digits example
 	$(RUN) examples/digits.py
 
-# A process for each file, as TensorFlow keeps what was traced and tests in one process slow down.
-# Pytest's status 5 says that a file has no test that PYTEST_ARGS selects, or needs what is missing.
+# A process of its own for each long file, as TensorFlow keeps what was traced and tests in one
+# process slow down; one for every few others, as TensorFlow takes seconds to start. The longest come
+# first, so that all JOBS end at about the same time.
+# Pytest's status 5 says that no file has a test that PYTEST_ARGS selects, or that all need what is
+# missing.
+LONG := $(LONGEST:%=tests/test_%.py) tests/clients/test_keras_hub.py
 test: export PYTEST_ARGS := $(PYTEST_ARGS)
-test: $(STAMP)  ## run the test suite, JOBS files at a time
-	@printf '%s\n' tests/test_*.py tests/clients/test_keras_hub.py | xargs -P $(JOBS) -I FILE sh -c \
-		'eval "$(RUN) -m pytest $$PYTEST_ARGS FILE" || [ $$? -eq 5 ] || { echo "FAILED: FILE"; exit 1; }'
+test: $(STAMP)  ## run the test suite, in JOBS processes at a time
+	@{ printf '%s\n' $(LONG); printf '%s\n' $(filter-out $(LONG),$(wildcard tests/test_*.py)) | xargs -n 4; } \
+		| xargs -P $(JOBS) -L 1 sh -c \
+		'eval "$(RUN) -m pytest $$PYTEST_ARGS $$*" || [ $$? -eq 5 ] || { echo "FAILED: $$*"; exit 1; }' -
 
 # Few processes, as each starts TensorFlow; a file that PYTEST_ARGS leaves without tests is no fault.
 test-fast: export PYTEST_ARGS := $(PYTEST_ARGS)

@@ -37,7 +37,6 @@ autodoc_default_options = {
     # Keras calls these, users do not.
     "exclude-members": ", ".join(
         [
-            "accumulates, apply_contributions, lead, scaled_by, traces",
             "build, call, compile_from_config, compute_mask, compute_output_shape",
             "finalize_variable_values, from_config, get_config",
             "load_own_variables, save_own_variables, variables",

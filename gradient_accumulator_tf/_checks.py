@@ -6,6 +6,8 @@ import numbers
 import operator
 from typing import Any, Generic, NoReturn, TypeVar
 
+import keras
+
 T = TypeVar("T")
 
 # What an int64 variable counts to.
@@ -47,8 +49,13 @@ def check_steps(value, meaning):
     return check_positive_int("accum_steps", value, meaning, instead)
 
 
-def check_number(name, value):
+def check_number(name, value, instead):
     """Returns `value` as a float, or raises if it is not a finite number above 0.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+        instead: A sentence for the message: what to pass.
 
     Raises:
         TypeError: If `value` is not a real number (a bool is not).
@@ -56,17 +63,56 @@ def check_number(name, value):
     """
     rule = f"`{name}` must be a finite number > 0."
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{rule} Received: {name}={value!r} (of type {type(value).__name__}).")
+        kind = type(value).__name__
+        raise TypeError(f"{rule} Received: {name}={value!r} (of type {kind}). {instead}")
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{rule} Received: {name}={value!r}.")
+        raise ValueError(f"{rule} Received: {name}={value!r}. {instead}")
     return float(value)
 
 
 def check_choice(name, value, choices):
     """Raises ValueError if `value` is not one of the strings `choices`."""
     if not isinstance(value, str) or value not in choices:
-        known = " or ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"`{name}` must be {known}. Received: {name}={value!r}.")
+        raise ValueError(
+            f"`{name}` must be {quoted(choices)}. Received: {name}={value!r}. "
+            f'Pass one of these, such as {name}="{closest(value, choices)}".'
+        )
+
+
+def quoted(choices):
+    """The strings `choices` as an error lists them."""
+    return " or ".join(f'"{choice}"' for choice in choices)
+
+
+def closest(value, choices):
+    """The one of `choices` that `value` may be a slip of, or the first."""
+    similar = similar_name(value, choices) if isinstance(value, str) else None
+    return similar or choices[0]
+
+
+def check_keras_model(value, instead, kind="a Keras 3 model"):
+    """Raises TypeError if `value` is not a `keras.Model`.
+
+    Args:
+        value: What the caller passed as `model`.
+        instead: A sentence, what to pass in its place, for the message.
+        kind: What `model` must be, for the message.
+    """
+    if not isinstance(value, keras.Model):
+        name = qualified_name(value)
+        if is_of_older_keras(name):
+            instead = f"{instead} A model of tf_keras (Keras 2) must be built again with `keras`."
+        raise TypeError(f"`model` must be {kind}. Received: {value!r} (of type {name}). {instead}")
+
+
+def qualified_name(value):
+    """Name of the class of `value`, with its module."""
+    return f"{type(value).__module__}.{type(value).__name__}"
+
+
+def is_of_older_keras(name):
+    """Whether a class of that qualified name is one of Keras 2 or of TensorFlow itself."""
+    return "tf_keras" in name or "legacy" in name or name.startswith("tensorflow.python")
 
 
 def operation_name(text):

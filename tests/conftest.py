@@ -6,12 +6,24 @@ import keras
 import pytest
 import tensorflow as tf
 
-from tests.oracle import EXECUTIONS
+from tests.oracle import EXECUTIONS, MODES, WAYS
 
 # Logical devices, so that strategies can be tested where there is no GPU.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """Each way to accumulate, for `oracle.in_way`; what has a way of its own parametrises it."""
+    return request.param
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    """Each mode of the model wrapper, for `oracle.in_way`."""
+    return request.param
 
 
 # In a graph, which is how `fit` runs if nothing else is said, each of these tests is a fast one.

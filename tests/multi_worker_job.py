@@ -15,13 +15,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from tests.oracle import KERAS, dense_model, regression_data, state_of
+from gradient_accumulator_tf import GradientAccumulateOptimizer
+from tests import oracle
+from tests.oracle import KERAS, dense_model, in_way, regression_data, state_of
 
 LARGE, MICRO, EXAMPLES, EPOCHS = 24, 6, 60, 2  # the last effective batch has half the examples
-KINDS = ["optimizer", "across_steps", "within_a_step"]
+WAYS = list(oracle.WAYS)
 if KERAS < (3, 10):  # its metrics synchronise replicas, which the loop within a step may not
-    KINDS.remove("within_a_step")
+    WAYS.remove("micro_batch_size")
 
 
 def make_optimizer():
@@ -43,25 +44,20 @@ def overflowing_data():
     return x, y
 
 
-def accumulating(kind, optimizer, loss):
+def compiled(way, optimizer, loss):
     """A compiled model that accumulates, and the batch size for its `fit`."""
-    model, batch_size = dense_model(), MICRO
-    if kind == "optimizer":
-        optimizer = GradientAccumulateOptimizer(optimizer, LARGE // MICRO)
-    elif kind == "across_steps":
-        model = GradientAccumulateModel(model=model, accum_steps=LARGE // MICRO)
-    else:
-        model, batch_size = GradientAccumulateModel(model=model, micro_batch_size=2), LARGE
+    sizes = {"steps": LARGE // MICRO, "micro": MICRO, "replicas": 2}
+    model, optimizer, batch_size = in_way(way, dense_model(), optimizer, **sizes)
     model.compile(optimizer, loss, weighted_metrics=["mae"])
     return model, batch_size
 
 
-def fit(kind):
+def fit(way):
     """Trains on data with uneven ends, but for the optimizer wrapper, which counts steps alike."""
     x, y, weights = regression_data(EXAMPLES)
-    if kind == "optimizer":
+    if way == "optimizer":
         x, y, weights = x[: 2 * LARGE], y[: 2 * LARGE], np.ones(2 * LARGE, "float32")
-    model, batch_size = accumulating(kind, make_optimizer(), make_loss())
+    model, batch_size = compiled(way, make_optimizer(), make_loss())
     data = tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(batch_size)
     history = model.fit(data, epochs=EPOCHS, verbose=0).history
     logs = model.evaluate(x, y, sample_weight=weights, batch_size=LARGE, verbose=0)
@@ -92,9 +88,9 @@ def custom_loop(strategy):
     return {"weights": model.get_weights(), "iterations": [optimizer.iterations.numpy()]}
 
 
-def mixed_precision(kind):
+def mixed_precision(way):
     keras.config.set_dtype_policy("mixed_float16")
-    model, batch_size = accumulating(kind, make_scaled(), "mse")
+    model, batch_size = compiled(way, make_scaled(), "mse")
     keras.config.set_dtype_policy("float32")
     model.optimizer.initial_scale = 256.0
     data = tf.data.Dataset.from_tensor_slices(overflowing_data()).batch(batch_size)
@@ -195,9 +191,9 @@ def keras_alone(strategy):
 
 def trains_in_every_way(strategy, path, index):
     del index
-    results = {kind: fit(kind) for kind in KINDS}
+    results = {way: fit(way) for way in WAYS}
     results["custom_loop"] = custom_loop(strategy)
-    results |= {f"mixed_{kind}": mixed_precision(kind) for kind in KINDS}
+    results |= {f"mixed_{way}": mixed_precision(way) for way in WAYS}
     results["saved"] = train_and_save(strategy, path)
     # All have saved once all have passed here.
     strategy.reduce("SUM", strategy.run(lambda: tf.constant(1.0)), axis=None).numpy()

@@ -6,9 +6,9 @@ import keras
 import tensorflow as tf
 from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
 
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from gradient_accumulator_tf import GradientAccumulateOptimizer
 from tests import conftest  # noqa: F401  (logical devices)
-from tests.oracle import dense_model, difference, regression_data
+from tests.oracle import WAYS, dense_model, difference, in_way, regression_data
 
 
 def _optimizer():
@@ -55,15 +55,13 @@ def main():
         strategy = tf.distribute.MirroredStrategy(devices)
         with strategy.scope():
             assert tf.__internal__.distribute.strategy_supports_no_merge_call()
-            optimizer = GradientAccumulateOptimizer(_optimizer(), 4)
-            found = {"optimizer": _train(dense_model(), optimizer, 8)}
-            model = GradientAccumulateModel(model=dense_model(), accum_steps=4)
-            found["across_steps"] = _train(model, _optimizer(), 8)
-            model = GradientAccumulateModel(model=dense_model(), micro_batch_size=4)
-            found["within_a_step"] = _train(model, _optimizer(), 32)
+            sizes = {"steps": 4, "micro": 8, "replicas": 2}
+            found = {
+                way: _train(*in_way(way, dense_model(), _optimizer(), **sizes)) for way in WAYS
+            }
             found["function_on_each_replica"] = _train_in_a_function_on_each_replica(strategy)
-        weights |= {f"{kind} {len(devices)}": w for kind, w in found.items()}
-    print(json.dumps({kind: difference(w, large) for kind, w in weights.items()}))
+        weights |= {f"{way} {len(devices)}": w for way, w in found.items()}
+    print(json.dumps({way: difference(w, large) for way, w in weights.items()}))
 
 
 if __name__ == "__main__":

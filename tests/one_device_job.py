@@ -6,8 +6,8 @@ import re
 
 import tensorflow as tf
 
-from tests.oracle import difference
-from tests.test_one_device import WAYS, _data, everything_per_update, trained
+from tests.oracle import WAYS, difference
+from tests.test_one_device import _data, everything_per_update, trained
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "several_devices.md"
 
@@ -21,7 +21,7 @@ def replicas_of(snippet):
 
 def main():
     data = _data("float32")
-    large = trained(None, tf.distribute.get_strategy(), everything_per_update, data)
+    large = trained("plain", tf.distribute.get_strategy(), everything_per_update, data)
     differences = {}
     for way in WAYS:
         model = trained(way, tf.distribute.MirroredStrategy(), everything_per_update, data)

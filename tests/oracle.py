@@ -88,34 +88,47 @@ def state_of(variables):
     return [keras.ops.convert_to_numpy(v) for v in variables]
 
 
-# Examples in an effective batch and in a micro-batch of the model wrapper's tests.
+# Examples in an effective batch and in a micro-batch.
 EFFECTIVE, MICRO = 12, 4
-MODES = ("accum_steps", "micro_batch_size")
+# The ways to accumulate: in the optimizer, and the two modes of the model wrapper. The fixtures
+# `way` and `mode` of tests/conftest.py are these. "plain" is the large batch.
+WAYS = ("optimizer", "accum_steps", "micro_batch_size")
+MODES = WAYS[1:]
+ACROSS_STEPS = WAYS[:2]  # `fit` is given micro-batches, and a cycle may be open between two steps
 
 
-def accumulating(mode, model=None, **ends):
-    """A GradientAccumulateModel in `mode`, and the batch size that its `fit` is given."""
-    value, batch = {
-        "accum_steps": (EFFECTIVE // MICRO, MICRO),
-        "micro_batch_size": (MICRO, EFFECTIVE),
-    }[mode]
-    return GradientAccumulateModel(model=model, **ends, **{mode: value}), batch
-
-
-def in_way(way, model, optimizer):
+def in_way(
+    way,
+    model=None,
+    optimizer=None,
+    *,
+    steps=EFFECTIVE // MICRO,
+    micro=MICRO,
+    replicas=1,
+    cls=GradientAccumulateModel,
+    **arguments,
+):
     """Model, optimizer and batch size for `fit`, to train on effective batches.
 
     Args:
-        way: "optimizer", "accum_steps" or "micro_batch_size"; anything else is the large batch.
+        way: One of `WAYS`, or "plain" for the large batch.
         model: A plain model.
-        optimizer: A plain optimizer.
+        optimizer: A plain optimizer; the modes need none.
+        steps: Micro-batches in an effective batch.
+        micro: Examples in a micro-batch, on all replicas together.
+        replicas: How many there are, each of which cuts its own part of an effective batch.
+        cls: The model wrapper.
+        **arguments: Further arguments of the wrapper.
     """
+    if way == "plain":
+        return model, optimizer, steps * micro
     if way == "optimizer":
-        return model, GradientAccumulateOptimizer(optimizer, EFFECTIVE // MICRO), MICRO
-    if way in ("accum_steps", "micro_batch_size"):
-        model, batch_size = accumulating(way, model)
-        return model, optimizer, batch_size
-    return model, optimizer, EFFECTIVE
+        return model, GradientAccumulateOptimizer(optimizer, steps, **arguments), micro
+    size, batch_size = {
+        "accum_steps": (steps, micro),
+        "micro_batch_size": (micro // replicas, steps * micro),
+    }[way]
+    return cls(model=model, **{way: size}, **arguments), optimizer, batch_size
 
 
 def momentum_and_mse():
@@ -134,20 +147,20 @@ def assert_trains_as_large_batch(
     make_model,
     *data,
     compile_with=momentum_and_mse,
-    modes=MODES,
+    ways=MODES,
     tolerance=2e-6,
     same_logs=MODES,
     **fit,
 ):
-    """Trains `make_model()` on effective batches, and in each mode the same in micro-batches.
+    """Trains `make_model()` on effective batches, and in each way the same in micro-batches.
 
     Args:
         make_model: Function that returns a plain Keras model, with the same weights each time.
         *data: Arguments of `fit`: x, y.
         compile_with: Function that returns the arguments of `compile`.
-        modes: Which of `MODES`.
+        ways: Which of `WAYS`.
         tolerance: Largest difference of the weights; of the logs, also relative.
-        same_logs: The modes whose histories are to be equal too.
+        same_logs: The ways whose histories are to be equal too.
         **fit: Further arguments of `fit`.
 
     Returns:
@@ -155,7 +168,9 @@ def assert_trains_as_large_batch(
     """
     fit = {"epochs": 2, "shuffle": False, "verbose": 0, **fit}
     plain = make_model()
-    plain.compile(**compile_with())
+    # The execution changes nothing of the oracle, and XLA takes as long as all else.
+    how = {name for arguments in EXECUTIONS.values() for name in arguments}
+    plain.compile(**{k: v for k, v in compile_with().items() if k not in how})
     before = state_of(plain.weights) if plain.built else None
     expected = plain.fit(*data, batch_size=EFFECTIVE, **fit).history
     trained = state_of(plain.weights)
@@ -163,18 +178,21 @@ def assert_trains_as_large_batch(
     moved = 1.0 if before is None else difference(before, trained)
     largest = max(np.max(np.abs(w)) for w in trained)
     assert moved > 1e-3 and largest < 100, f"Weights moved by {moved}, to {largest}"
-    for mode in modes:
-        model, batch_size = accumulating(mode, make_model())
-        model.compile(**compile_with())
+    for way in ways:
+        compiled = dict(compile_with())
+        model, optimizer, batch_size = in_way(way, make_model(), compiled.get("optimizer"))
+        if optimizer is not None:
+            compiled["optimizer"] = optimizer
+        model.compile(**compiled)
         history = model.fit(*data, batch_size=batch_size, **fit).history
         off = difference(state_of(model.weights), trained)
-        assert off <= tolerance, f"{mode}: weights differ by {off}"
+        assert off <= tolerance, f"{way}: weights differ by {off}"
         updates = updates_of(model.optimizer), updates_of(plain.optimizer)
-        assert updates[0] == updates[1] > 0, f"{mode}: updates {updates}"
-        if mode in same_logs:
-            assert list(history) == list(expected), f"{mode}: {history} instead of {expected}"
+        assert updates[0] == updates[1] > 0, f"{way}: updates {updates}"
+        if way in same_logs:
+            assert list(history) == list(expected), f"{way}: {history} instead of {expected}"
             for name, values in expected.items():
                 np.testing.assert_allclose(
-                    history[name], values, tolerance, tolerance, err_msg=f"{mode}: {name}"
+                    history[name], values, tolerance, tolerance, err_msg=f"{way}: {name}"
                 )
     return model

@@ -10,7 +10,7 @@ import dataclasses
 
 from hypothesis import strategies as st
 
-from tests.oracle import KERAS
+from tests.oracle import KERAS, WAYS
 
 # The first choice of each list is the simplest, which a failure is shrunk to.
 
@@ -148,7 +148,6 @@ _EXECUTIONS = {
     "one_replica": "",
     "two_replicas": "",
 }
-_WAYS = ["micro_batch_size", "accum_steps", "optimizer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +155,7 @@ class Case:
     """One training; `script` says what each choice is.
 
     Attributes:
-        way: One of `_WAYS`.
+        way: One of `tests.oracle.WAYS`.
         micro: Examples in a micro-batch, on one replica.
         micro_batches: Micro-batches in an effective batch, on one replica.
         examples: Examples in the data.
@@ -188,7 +187,7 @@ def cases(draw):
     def choose(values):
         return draw(st.sampled_from(list(values)))
 
-    way, execution = choose(_WAYS), choose(_EXECUTIONS)
+    way, execution = choose(WAYS), choose(_EXECUTIONS)
     # The optimizer cannot know what a mask leaves of a micro-batch, nor what is a sum; exact batch
     # norm is one mode's. Keras divides by the number of replicas what `add_loss` adds up.
     excluded = set()

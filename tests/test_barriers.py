@@ -9,7 +9,7 @@ from gradient_accumulator_tf.cycle.batches import Batch
 from gradient_accumulator_tf.replicated.replicas import number_of_replicas, sum_over_replicas
 from gradient_accumulator_tf.stages.barrier import Barrier, BarrierKind, Finished
 from gradient_accumulator_tf.stages.run import staged_at_barriers
-from tests.oracle import difference, mirrored
+from tests.oracle import difference, each_in_turn, mirrored
 
 EXAMPLES, MICRO, FEATURES = 11, 3, 5
 EPSILON = 1e-2
@@ -175,8 +175,9 @@ def _executed(function, execution):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 100])
-@pytest.mark.parametrize("execution", ["graph", "eager", "jit"])
+@pytest.mark.parametrize(
+    "micro_batch_size, execution", each_in_turn([1, 3, 100], ["eager", "graph", "jit"], core=[3])
+)
 @pytest.mark.parametrize("layer", BARRIERS, ids=lambda layer: layer.__name__)
 def test_gradients_are_those_of_the_large_batch(layer, execution, micro_batch_size):
     model = _model(layer)

@@ -8,10 +8,9 @@ import tensorflow as tf
 from gradient_accumulator_tf import (
     AccumBatchNorm,
     GradientAccumulateModel,
-    GradientAccumulateOptimizer,
 )
 from gradient_accumulator_tf.batch_norm.moments import pooled_moments
-from tests.oracle import difference, mirrored, regression_data
+from tests.oracle import difference, in_way, mirrored, regression_data
 
 
 def _moving(layer):
@@ -210,27 +209,19 @@ def _large_batch_recorded(batches, momentum):
     return _moving(_batch_norm(plain))
 
 
-@pytest.mark.parametrize("mode", ["optimizer", "accum_steps", "micro_batch_size"])
-def test_follows_the_cycle_of_what_trains_it(mode, execution):
+def test_follows_the_cycle_of_what_trains_it(way, execution):
     # Learning rate 0 keeps the activations those of the large batch. 27 examples: a last effective
     # batch of three.
-    if mode == "optimizer":
+    if way == "optimizer":
         examples, own = 24, 3
     else:
         examples, own = 27, 7
     x, y, _ = regression_data(examples)
     model = _net(AccumBatchNorm(accum_steps=own, momentum=0.6))
-    optimizer = keras.optimizers.SGD(0.0)
-    batch_size = 4
-    if mode == "optimizer":
-        optimizer = GradientAccumulateOptimizer(optimizer, 3)
-    elif mode == "accum_steps":
-        model = GradientAccumulateModel(model=model, accum_steps=3)
-    else:
-        model, batch_size = GradientAccumulateModel(model=model, micro_batch_size=4), 12
+    model, optimizer, batch_size = in_way(way, model, keras.optimizers.SGD(0.0))
     model.compile(optimizer, "mse", **execution)
     model.fit(x, y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
-    large = [x[:12], x[12:24], x[24:]][: 2 if mode == "optimizer" else 3] * 2
+    large = [x[:12], x[12:24], x[24:]][: 2 if way == "optimizer" else 3] * 2
     expected = _large_batch_recorded(large, 0.6)
     assert difference(_moving(_batch_norm(model)), expected) < 1e-6
 
@@ -244,14 +235,13 @@ def test_a_model_of_one_step_ends_each_cycle():
     assert difference(_moving(_batch_norm(model)), expected) < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["accum_steps", "micro_batch_size"])
 def test_a_frozen_layer_keeps_its_statistics_in_a_model_that_trains(mode):
     x, y, _ = regression_data(12)
     net = _net(AccumBatchNorm())
     _batch_norm(net).trainable = False
-    model = GradientAccumulateModel(model=net, **{mode: 3 if mode == "accum_steps" else 4})
+    model, _, batch_size = in_way(mode, net)
     model.compile("sgd", "mse")
-    model.fit(x, y, batch_size=4 if mode == "accum_steps" else 12, verbose=0)
+    model.fit(x, y, batch_size=batch_size, verbose=0)
     moving = _moving(_batch_norm(model))
     assert difference(moving, [np.zeros(6), np.ones(6)]) == 0.0
     assert int(model.optimizer.iterations) == 1
@@ -269,19 +259,12 @@ def test_the_optimizers_reset_drops_the_cycles_statistics():
     assert difference(_moving(_batch_norm(model)), expected) < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["optimizer", "accum_steps", "micro_batch_size"])
-def test_pools_over_replicas(mode):
+def test_pools_over_replicas(way):
     x, y, _ = regression_data(25)  # a last effective batch of one example, on one replica
-    x = x[:24] if mode == "optimizer" else x
+    x = x[:24] if way == "optimizer" else x
     with mirrored().scope():
-        model, batch_size = _net(AccumBatchNorm(accum_steps=3, momentum=0.6)), 4
-        optimizer = keras.optimizers.SGD(0.0)
-        if mode == "optimizer":
-            optimizer = GradientAccumulateOptimizer(optimizer, 3)
-        elif mode == "accum_steps":
-            model = GradientAccumulateModel(model=model, accum_steps=3)
-        else:
-            model, batch_size = GradientAccumulateModel(model=model, micro_batch_size=2), 12
+        model = _net(AccumBatchNorm(accum_steps=3, momentum=0.6))
+        model, optimizer, batch_size = in_way(way, model, keras.optimizers.SGD(0.0), replicas=2)
         model.compile(optimizer, "mse")
     model.fit(x, y[: len(x)], batch_size=batch_size, shuffle=False, verbose=0)
     batches = [b for b in (x[:12], x[12:24], x[24:]) if len(b)]

@@ -23,7 +23,7 @@ from tests.test_model_errors import raises
 
 ROWS = 20  # of a bank
 # Arguments of `compile`, and whether the batch's size is static.
-WAYS = {
+TRACES = {
     "static": ({}, True),
     "dynamic": ({"steps_per_execution": 2}, False),
     "eager": ({"run_eagerly": True}, True),
@@ -31,10 +31,10 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=list(WAYS))
-def way(request):
+@pytest.fixture(params=list(TRACES))
+def traced(request):
     """Name, arguments of `compile`, and whether the batch's size is static."""
-    return request.param, *WAYS[request.param]
+    return request.param, *TRACES[request.param]
 
 
 class Banked(keras.Model):
@@ -80,8 +80,8 @@ def wrapped(model, micro_batch_size=MICRO, **kwargs):
     return GradientAccumulateModel(model=model, micro_batch_size=micro_batch_size, **kwargs)
 
 
-def test_shared_inputs_reach_every_micro_batch_whole(way):
-    _, execution, static = way
+def test_shared_inputs_reach_every_micro_batch_whole(traced):
+    _, execution, static = traced
     x, y, bank = data()
     # The first tensor does not tell the batch's size.
     batch = ((bank, x), y)
@@ -105,8 +105,8 @@ def test_paths_lead_to_nested_inputs_and_to_all_below():
         )
 
 
-def test_a_tensor_of_another_size_is_refused_by_name(way):
-    name, execution, static = way
+def test_a_tensor_of_another_size_is_refused_by_name(traced):
+    name, execution, static = traced
     x, y, bank = data()
     for batch, leaf, size in (
         (((x, bank), y), "x[1]", ROWS),
@@ -133,8 +133,8 @@ def test_a_tensor_of_another_size_is_refused_by_name(way):
 
 
 @pytest.mark.parametrize("part", ["x", "y", "sample_weight"])
-def test_a_tensor_of_one_row_belongs_to_every_example(part, way):
-    _, execution, static = way
+def test_a_tensor_of_one_row_belongs_to_every_example(part, traced):
+    _, execution, static = traced
     x, y, bank = data()
     batch = {
         "x": ((x, bank[:1]), y),
@@ -189,7 +189,7 @@ def test_a_weight_of_one_row_under_a_mask_and_a_weight_for_each_example():
         assert difference(*results) < 2e-6
 
 
-def test_a_model_that_has_one_row_for_a_batch_is_refused(way):
+def test_a_model_that_has_one_row_for_a_batch_is_refused(traced):
     class Bag(keras.Model):
         def __init__(self):
             super().__init__()
@@ -198,7 +198,7 @@ def test_a_model_that_has_one_row_for_a_batch_is_refused(way):
         def call(self, inputs):
             return tf.reduce_mean(self.dense(inputs), 0, keepdims=True)
 
-    name, execution, static = way
+    name, execution, static = traced
     x, y, _ = data()
     words = ["one row of outputs for each example", "(1, 1)", "accum_steps"]
     if name == "xla":
@@ -228,8 +228,8 @@ def test_more_rows_of_outputs_than_examples_need_targets_for_each_example():
         assert difference(trained(wrapped(TwoViews()), (x, targets), loss=loss), expected) < 2e-6
 
 
-def test_a_batch_without_examples_is_a_step_as_by_keras(way):
-    _, execution, static = way
+def test_a_batch_without_examples_is_a_step_as_by_keras(traced):
+    _, execution, static = traced
     results = []
     for model in (dense_model(), wrapped(dense_model())):
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1)
@@ -349,15 +349,18 @@ def test_shared_inputs_are_checked_and_saved():
     copy = GradientAccumulateModel.from_config(model.get_config())
     assert copy.shared_inputs == model.shared_inputs
     assert wrapped(dense_model()).get_config()["shared_inputs"] is None
-    for value, word in ((1.5, "float"), ([True], "bool"), ([("a", None)], "NoneType")):
-        with raises(TypeError, "positions or keys", f"shared_inputs={value!r}", word):
+    for value, word, remedy in (
+        (1.5, "float", "Pass a list of these"),
+        ([True], "bool", "Pass an integer for a list or tuple, and a string for a dict"),
+        ([("a", None)], "NoneType", "Pass an integer"),
+    ):
+        with raises(TypeError, "positions or keys", f"shared_inputs={value!r}", word, remedy):
             wrapped(dense_model(), shared_inputs=value)
-    for value in ([-1], [()]):
-        with raises(ValueError, "positions or keys", f"shared_inputs={value!r}"):
+    for value, remedy in (([-1], "Count positions from 0"), ([()], "Leave the empty one out")):
+        with raises(ValueError, "positions or keys", f"shared_inputs={value!r}", remedy):
             wrapped(dense_model(), shared_inputs=value)
 
 
-@pytest.mark.parametrize("mode", ["micro_batch_size", "accum_steps"])
 def test_a_shared_input_that_a_batch_has_not_is_refused(mode):
     x, y, bank = data()
     for inputs, entry, names in (
@@ -365,8 +368,7 @@ def test_a_shared_input_that_a_batch_has_not_is_refused(mode):
         ({"a": {"b": x}, "bank": bank}, ("a", "c"), 'x["a"]["b"], x["bank"]'),
         (x, 0, "with x."),
     )[: 3 if mode == "micro_batch_size" else 1]:
-        value = {"micro_batch_size": MICRO, "accum_steps": 2}[mode]
-        model = GradientAccumulateModel(model=Banked(), **{mode: value}, shared_inputs=[entry])
+        model, *_ = in_way(mode, Banked(), shared_inputs=[entry])
         model.compile(**momentum_and_mse())
         with raises(ValueError, "`shared_inputs` must name", f"shared_inputs=[{entry!r}]", names):
             model.train_on_batch(inputs, y)
@@ -440,7 +442,6 @@ def test_what_is_learned_of_batches_is_not_saved(tmp_path):
     assert not any("largest" in name for name in names)
 
 
-@pytest.mark.parametrize("way", ["micro_batch_size", "accum_steps", "optimizer"])
 def test_a_gradient_has_its_variables_static_shape(way, graph_or_jit):
     # The product with one feature has a gradient of static shape (None, 3) for (1, 3).
     def make_model():

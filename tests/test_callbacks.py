@@ -15,9 +15,11 @@ from gradient_accumulator_tf import (
     ThroughputLogger,
 )
 from tests.oracle import (
+    ACROSS_STEPS,
     EFFECTIVE,
     KERAS,
     MICRO,
+    WAYS,
     dense_model,
     difference,
     in_way,
@@ -27,7 +29,6 @@ from tests.oracle import (
 )
 
 STEPS = EFFECTIVE // MICRO
-WAYS = ("optimizer", "accum_steps", "micro_batch_size")
 EPOCHS = 6
 
 
@@ -113,7 +114,7 @@ def test_model_checkpoint_keeps_the_best_model_to_train_on(tmp_path):
         loaded = keras.models.load_model(path)
         assert type(loaded) is type(run.model)
         assert type(loaded.optimizer) is type(run.model.optimizer)
-        batch_size = MICRO if way in WAYS[:2] else EFFECTIVE
+        batch_size = MICRO if way in ACROSS_STEPS else EFFECTIVE
         loaded.fit(x, y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
         trained[way] = loaded.get_weights()
         assert difference(trained[way], trained["plain"]) < 2e-6, way
@@ -124,7 +125,7 @@ def test_model_checkpoint_every_few_batches(tmp_path):
     expected = None
     for way in ("plain", *WAYS):
         # In batches of fit, as Keras counts: here a saving for each update.
-        every = STEPS if way in WAYS[:2] else 1
+        every = STEPS if way in ACROSS_STEPS else 1
         folder = tmp_path / way
         path = str(folder / "{batch:02d}.weights.h5")
         save = keras.callbacks.ModelCheckpoint(path, save_weights_only=True, save_freq=every)
@@ -269,7 +270,6 @@ class Asks(keras.callbacks.Callback):
         self.answers.append((wrapper.ended_in_update, updates_of(self.model.optimizer)))
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_callbacks_can_ask_whether_a_batch_ended_in_an_update(way, execution):
     asks = Asks()
     model, batch_size = make(way, sgd(), **execution)
@@ -400,7 +400,7 @@ def test_throughput_reaches_the_files_and_the_progress_bar(tmp_path, capsys):
     assert "effective_batch: 12.0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("way", WAYS[:2] if KERAS < (3, 10) else WAYS)
+@pytest.mark.parametrize("way", ACROSS_STEPS if KERAS < (3, 10) else WAYS)
 def test_throughput_on_replicas_and_under_a_loss_scale(way):
     keras.config.set_dtype_policy("mixed_float16")
     try:

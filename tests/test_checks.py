@@ -1,10 +1,14 @@
-"""Each whole number that is too small is refused with what to pass instead of that argument."""
+"""Each number or choice that is none is refused with what to pass instead of that argument."""
 
+import math
+
+import keras
 import numpy as np
 import pytest
 
 from gradient_accumulator_tf import (
     AccumBatchNorm,
+    AdaptiveGradientClipping,
     GradientAccumulateModel,
     GradientAccumulateOptimizer,
     PiecewiseConstantSteps,
@@ -29,6 +33,18 @@ def checked(**arguments):
     check_equivalence(model, np.ones((8, 5)), np.ones((8, 1)), **arguments)
 
 
+def normalized():
+    return keras.Sequential([keras.Input((4, 4, 2)), keras.layers.BatchNormalization()])
+
+
+def accumulating(accum_steps, **arguments):
+    return GradientAccumulateOptimizer("sgd", accum_steps, **arguments)
+
+
+def wrapped(**arguments):
+    return GradientAccumulateModel(dense_model(), micro_batch_size=2, **arguments)
+
+
 def rate(**sizes):
     sizes = {"batch_size": 8, "base_batch_size": 8, **sizes}
     scale_learning_rate(0.1, **sizes)
@@ -39,7 +55,6 @@ def rate(**sizes):
     ("make", "remedy"),
     [
         (lambda: GradientAccumulateOptimizer("sgd", 0), ALONE),
-        (lambda: GradientAccumulateOptimizer("sgd", {0: 0}), ALONE),
         (lambda: GradientAccumulateModel(dense_model(), accum_steps=0), ALONE),
         (lambda: rate(accum_steps=0), ALONE),
         (lambda: GradientAccumulateModel(dense_model(), micro_batch_size=0), MEMORY),
@@ -67,6 +82,63 @@ def test_the_remedy_is_that_of_the_argument(make, remedy):
     with pytest.raises(ValueError, match=r"integer >= 1 .*Received: \w+=0\. (.*)$") as raised:
         make()
     assert str(raised.value).endswith(f"=0. {remedy}")
+
+
+@pytest.mark.parametrize("make", [PiecewiseConstantSteps, accumulating])
+@pytest.mark.parametrize(
+    ("value", "error", "remedy"),
+    [
+        (0, ValueError, r"=0\. Pass {5: 1} for a phase without accumulation\."),
+        (2.5, TypeError, r"=2\.5 .* Pass a whole number such as accum_steps\[5\]=8\."),
+    ],
+)
+def test_the_remedy_for_a_phase_is_a_phase(make, value, error, remedy):
+    with pytest.raises(error, match=r"from update 5 on\)\. Received: accum_steps\[5\]" + remedy):
+        make({0: 1, 5: value})
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("make", "name", "value", "advised"),
+    [
+        (lambda value: accumulating(2, reduction=value), "reduction", "Sum", "sum"),
+        (lambda value: accumulating(2, non_finite=value), "non_finite", None, "propagate"),
+        (lambda value: wrapped(non_finite=value), "non_finite", "drop_batch", "drop_micro_batch"),
+        (lambda value: wrapped(batch_norm=value), "batch_norm", "excat", "exact"),
+        (lambda value: rate(rule=value), "rule", "square root", "linear"),
+        (lambda value: swap_batch_norm(normalized(), to=value), "to", "groups", "group"),
+    ],
+)
+def test_the_remedy_for_a_choice_is_one_of_them(make, name, value, advised):
+    with pytest.raises(ValueError, match=f'^`{name}` must be "') as raised:
+        make(value)
+    received, remedy = str(raised.value).split("Received: ")[1].split(". ")
+    assert received == f"{name}={value!r}"
+    assert remedy == f'Pass one of these, such as {name}="{advised}".'
+    make(advised)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, "1", None, True])
+@pytest.mark.parametrize(
+    ("make", "name", "remedy"),
+    [
+        (AdaptiveGradientClipping, "clip_factor", "clip_factor=0.01, as in the paper."),
+        (AdaptiveGradientClipping, "epsilon", "epsilon=1e-3, as in the paper."),
+        (
+            lambda _, **tolerance: checked(accum_steps=2, **tolerance),
+            "tolerance",
+            "tolerance=1e-3.",
+        ),
+    ],
+)
+def test_the_remedy_for_a_number_is_one_that_fits(make, name, remedy, value):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"`\w+` must be a finite number > 0\. "
+    ) as got:
+        make("sgd", **{name: value})
+    assert f"Received: {name}={value!r}" in str(got.value)
+    assert str(got.value).endswith(f". Pass for example {remedy}")
 
 
 def test_a_number_of_steps_that_is_set_has_the_same_remedy():

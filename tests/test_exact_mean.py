@@ -10,7 +10,16 @@ import tensorflow as tf
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from gradient_accumulator_tf.cycle.loss_recorder import denominator
 from gradient_accumulator_tf.models.micro_step import Effective, run_micro_step
-from tests.oracle import EXECUTIONS, dense_model, difference, each_in_turn, regression_data
+from tests.oracle import (
+    EXECUTIONS,
+    KERAS,
+    dense_model,
+    difference,
+    each_in_turn,
+    in_way,
+    mirrored,
+    regression_data,
+)
 
 REDUCTIONS = ["sum_over_batch_size", "mean", "mean_with_sample_weight"]
 
@@ -65,7 +74,7 @@ class WeightedTokenMean(TokenMean):
         return keras.ops.sum(keras.ops.cast(x != 0, "float32"))
 
 
-def _train_tokens(cls, mode, execution):
+def _train_tokens(cls, mode, execution, steps=4, micro=5):
     rng = np.random.default_rng(0)
     x = rng.integers(1, 11, size=(40, 6))
     x[np.arange(6) >= np.linspace(1, 6, 40).astype(int)[:, np.newaxis]] = 0
@@ -73,25 +82,23 @@ def _train_tokens(cls, mode, execution):
     keras.utils.set_random_seed(1)
     net = keras.Sequential([keras.Input((6,)), keras.layers.Embedding(11, 4)])
     net.add(keras.layers.Dense(1))
-    model = cls(model=net, **mode)
+    model, _, size = in_way(mode, net, steps=steps, micro=micro, cls=cls)
     model.compile(keras.optimizers.SGD(0.3, momentum=0.9), **execution)
-    size = 5 if model.accum_steps == 4 else 20
     logs = model.fit(x, y, batch_size=size, epochs=3, shuffle=False, verbose=0)
     return model.get_weights(), logs.history["loss"]
 
 
-@pytest.mark.parametrize("mode", [{"accum_steps": 4}, {"micro_batch_size": 5}], ids=str)
 def test_a_loss_of_ones_own_counts_for_what_micro_batch_weight_says(mode, graph_or_jit):
-    large, logs = _train_tokens(TokenMean, {"accum_steps": 1}, graph_or_jit)
+    large, logs = _train_tokens(TokenMean, "accum_steps", graph_or_jit, steps=1, micro=20)
     weights, own_logs = _train_tokens(WeightedTokenMean, mode, graph_or_jit)
     assert difference(weights, large) < 1e-6
-    if "micro_batch_size" in mode:
+    if mode == "micro_batch_size":
         np.testing.assert_allclose(own_logs, logs, rtol=1e-6)
 
 
 def test_a_loss_of_ones_own_counts_for_the_examples_where_nothing_is_said():
-    large, _ = _train_tokens(TokenMean, {"accum_steps": 1}, {})
-    weights, _ = _train_tokens(TokenMean, {"micro_batch_size": 5}, {})
+    large, _ = _train_tokens(TokenMean, "accum_steps", {}, steps=1, micro=20)
+    weights, _ = _train_tokens(TokenMean, "micro_batch_size", {})
     assert difference(weights, large) > 1e-3
 
 
@@ -190,29 +197,26 @@ def _large_segmenter(reductions):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
-    "reductions, how", each_in_turn(PAIRS, EXECUTIONS, core=PAIRS[:1], fast=PAIRS[:1])
+    "reductions, execution",
+    each_in_turn(PAIRS, EXECUTIONS, core=PAIRS[:1], fast=PAIRS[:1]),
+    indirect=["execution"],
 )
-@pytest.mark.parametrize("mode", [{"accum_steps": 4}, {"micro_batch_size": 4}], ids=str)
-def test_images_and_numbers_of_different_denominators_are_exact(mode, reductions, how):
-    model = GradientAccumulateModel(model=_segmenter(), **mode)
-    size = 4 if "accum_steps" in mode else 16
-    weights = _train_segmenter(model, size, reductions, **EXECUTIONS[how])
+def test_images_and_numbers_of_different_denominators_are_exact(mode, reductions, execution):
+    model, _, size = in_way(mode, _segmenter(), steps=4)
+    weights = _train_segmenter(model, size, reductions, **execution)
     assert difference(weights, _large_segmenter(reductions)) < 1e-12
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("reductions", PAIRS, ids="-".join)
-@pytest.mark.parametrize("mode", [{"accum_steps": 4}, {"micro_batch_size": 3}], ids=str)
 def test_different_denominators_are_exact_on_replicas(mode, reductions):
-    if "micro_batch_size" in mode and tuple(map(int, keras.__version__.split(".")[:2])) < (3, 10):
+    if mode == "micro_batch_size" and KERAS < (3, 10):
         pytest.skip("metrics of Keras before 3.10 synchronise replicas, which a loop may not")
     large = _large_segmenter(reductions)
-    strategy = tf.distribute.MirroredStrategy(
-        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
-    )
-    size = 4 if "accum_steps" in mode else 16
-    with strategy.scope():
-        model = GradientAccumulateModel(model=_segmenter(), **mode)
+    # Within a step each replica cuts 8 examples into micro-batches of 3, 3 and 2.
+    value, size = {"accum_steps": (4, 4), "micro_batch_size": (3, 16)}[mode]
+    with mirrored().scope():
+        model = GradientAccumulateModel(model=_segmenter(), **{mode: value})
         weights = _train_segmenter(model, size, reductions)
     assert difference(weights, large) < 1e-12
 

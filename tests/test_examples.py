@@ -138,10 +138,8 @@ for script in scripts:
 
 
 def test_every_example_is_a_script(tmp_path, monkeypatch):
-    """It finds what it shares from any folder, and says how it is called."""
+    """It finds what it shares from any folder, and says what it takes."""
     scripts = sorted(path for path in EXAMPLES.glob("*.py") if path.stem[0] != "_")
-    for script in scripts:
-        assert f"    python examples/{script.name}" in script.read_text()
     monkeypatch.delenv("PYTHONPATH", raising=False)  # it could hold the repository's root
     command = [sys.executable, "-c", RUN_ALL, EXAMPLES, *scripts]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -178,5 +178,5 @@ def test_a_loss_scale_around_another_optimizer_has_no_cycle():
     other = keras.optimizers.LossScaleOptimizer(_sgd())
     for name in ("micro_step", "just_updated", "flush", "dropped_cycles"):
         assert not hasattr(other, name)
-    with pytest.raises(AttributeError, match="a LossScaleOptimizer around SGD"):
+    with pytest.raises(AttributeError, match=r"LossScaleOptimizer around SGD\. Wrap SGD"):
         other.flush()

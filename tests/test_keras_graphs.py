@@ -64,6 +64,24 @@ def test_a_sequential_model_has_a_graph_and_a_subclass_does_as_it_likes():
     assert not _keras.is_plain_functional(keras.layers.Dense(2))
 
 
+def test_a_sequential_model_may_have_no_graph():
+    class NotSymbolic(keras.layers.Layer):
+        def call(self, inputs):
+            return keras.ops.convert_to_tensor(np.asarray(inputs))
+
+    deferred = keras.Sequential([keras.layers.Dense(2)])
+    assert not _keras.has_graph(deferred)
+    deferred(np.ones((4, 3)))
+    nested = keras.Sequential([keras.layers.Add()])
+    nested([np.ones((4, 3)), np.ones((4, 3))])
+    numbers = keras.Sequential([NotSymbolic(), keras.layers.Dense(2)])
+    numbers(np.ones((4, 3)))
+    built = [deferred, nested, numbers]
+    assert [model.built for model in built] == [True, True, True]
+    assert [_keras.has_graph(model) for model in built] == [True, False, False]
+    assert [_keras.is_plain_functional(model) for model in built] == [True, False, False]
+
+
 def test_a_functional_model_becomes_one_of_a_subclass():
     class Own(keras.Model):
         def __init__(self, units):

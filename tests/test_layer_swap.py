@@ -321,9 +321,13 @@ def test_state_that_is_not_only_weights():
 
 
 @pytest.mark.parametrize(
-    "build", [functional, nested_without_sharing, with_custom_layer, subclassed]
+    "build, to",
+    [
+        *((functional, to) for to in NAMES),
+        *((build, "accum") for build in (nested_without_sharing, with_custom_layer, subclassed)),
+        (subclassed, "group"),
+    ],
 )
-@pytest.mark.parametrize("to", NAMES)
 def test_training_runs_after_each_swap_and_saves(build, to, tmp_path):
     model = swap_batch_norm(build(), to=to)
     model.compile("sgd", loss="mse")
@@ -342,8 +346,10 @@ def test_training_runs_after_each_swap_and_saves(build, to, tmp_path):
 
 
 # Keras saves no sharing between levels, and a class constructs its own layers.
-@pytest.mark.parametrize("build", [functional, sequential, nested_without_sharing])
-@pytest.mark.parametrize("to", NAMES)
+@pytest.mark.parametrize(
+    "build, to",
+    [*((functional, to) for to in NAMES), (sequential, "accum"), (nested_without_sharing, "group")],
+)
 def test_a_rebuilt_model_saves_whole(build, to, tmp_path):
     model = swap_batch_norm(build(), to=to)
     model.save(tmp_path / "model.keras")
@@ -743,13 +749,21 @@ def test_a_layer_whose_copy_differs_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"to": "groups"}, ValueError, "Received: to='groups'"),
-        ({"to": None}, ValueError, "Received: to=None"),
+        ({"to": "groups"}, ValueError, "Received: to='groups'. Pass .* such as to=\"group\""),
+        ({"to": None}, ValueError, 'Received: to=None. Pass one of these, such as to="accum"'),
         ({"accum_steps": 0}, ValueError, "Received: accum_steps=0"),
         ({"accum_steps": 2.0}, TypeError, r"Received: accum_steps=2\.0"),
         ({"to": "group", "accum_steps": 2}, ValueError, "Received: to='group', accum_steps=2"),
-        ({"to": lambda _: 3}, TypeError, r"Received: 3 \(of type int\) for functional/bn"),
-        ({"to": lambda _: "groups"}, ValueError, "Received: to='groups'"),
+        (
+            {"to": lambda _: 3},
+            TypeError,
+            r"`to` must return .* Received: 3 \(of type int\) for functional/bn.* Return one",
+        ),
+        (
+            {"to": lambda _: "groups"},
+            ValueError,
+            "`to` must return .* Received: 'groups' .* for functional/bn.* such as \"group\" or",
+        ),
     ],
 )
 def test_arguments_are_checked(arguments, error, message):
@@ -758,5 +772,5 @@ def test_arguments_are_checked(arguments, error, message):
 
 
 def test_a_layer_is_not_a_model():
-    with pytest.raises(TypeError, match=r"Received: .*BatchNormalization\)"):
+    with pytest.raises(TypeError, match=r"Received: .*BatchNormalization\). Pass the keras.Model"):
         swap_batch_norm(layers.BatchNormalization())

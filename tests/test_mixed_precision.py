@@ -6,12 +6,11 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from tests.oracle import difference, mirrored
+from tests.oracle import WAYS, difference, in_way, mirrored
 
 STEPS = 1024
 SIXTEEN_BITS = ["float16", "bfloat16"]
 POLICIES = ["mixed_float16", "mixed_bfloat16", "float16", "bfloat16"]
-WRAPPERS = ["optimizer", "accum_steps", "micro_batch_size"]
 # The error of adding n numbers of one sign one after the other is at most n u of their sum
 # (Higham, Accuracy and Stability of Numerical Algorithms, 4.2); u is half the last place's weight.
 ROUNDING = STEPS * 2.0**-24
@@ -46,21 +45,21 @@ def _tiny(dtype, largest=2e-3):
 
 
 @pytest.mark.parametrize(
-    "mode, dtype",
+    "execution, dtype",
     [
         ("eager", "bfloat16"),
         *(("graph", dtype) for dtype in (*SIXTEEN_BITS, "float32")),
         ("jit", "float16"),
     ],
 )
-def test_a_thousand_tiny_gradients(mode, dtype):
+def test_a_thousand_tiny_gradients(execution, dtype):
     gradients = _tiny(dtype)
     variable, inner = keras.Variable(1.0, dtype=dtype), Record(1.0)
     optimizer = GradientAccumulateOptimizer(inner, STEPS, reduction="sum")
     optimizer.build([variable])
     step = lambda g: optimizer.apply([g], [variable])  # noqa: E731
-    if mode != "eager":
-        step = tf.function(step, jit_compile=mode == "jit")
+    if execution != "eager":
+        step = tf.function(step, jit_compile=execution == "jit")
     for gradient in gradients:
         step(gradient)
     exact = np.sum(tf.cast(gradients, "float64").numpy())
@@ -76,15 +75,15 @@ def test_a_thousand_tiny_gradients(mode, dtype):
 
 
 @pytest.mark.parametrize(
-    "policy, wrapper, replicas",
+    "policy, way, replicas",
     [
-        *((policy, wrapper, 1) for policy in POLICIES for wrapper in WRAPPERS),
+        *((policy, way, 1) for policy in POLICIES for way in WAYS),
         ("mixed_float16", "accum_steps", 2),
         ("bfloat16", "micro_batch_size", 2),
     ],
     indirect=["policy"],
 )
-def test_a_thousand_micro_batches_of_a_model(wrapper, policy, replicas):
+def test_a_thousand_micro_batches_of_a_model(way, policy, replicas):
     # Each gradient is one input, exactly, and so is its share in the mean, a power of two. They
     # are tiny beside their sum.
     x = _tiny("bfloat16" if "bfloat16" in policy else "float16", largest=2.0)
@@ -94,18 +93,11 @@ def test_a_thousand_micro_batches_of_a_model(wrapper, policy, replicas):
         inputs = keras.Input((1,))
         layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
         model, optimizer = keras.Model(inputs, layer(inputs)), Record(1.0)
-        micro = replicas
-        if wrapper == "optimizer":
-            compiled = GradientAccumulateOptimizer(optimizer, STEPS // replicas)
-        elif wrapper == "accum_steps":
-            model = GradientAccumulateModel(model=model, accum_steps=STEPS // replicas)
-            compiled = optimizer
-        else:
-            model = GradientAccumulateModel(model=model, micro_batch_size=1)
-            compiled, micro = optimizer, STEPS
+        sizes = {"steps": STEPS // replicas, "micro": replicas, "replicas": replicas}
+        model, compiled, batch_size = in_way(way, model, optimizer, **sizes)
         # A scale would be a power of two, which changes no digit.
         model.compile(compiled, loss=lambda y, y_pred: y_pred, auto_scale_loss=False)
-    model.fit(x, np.zeros((STEPS, 1)), batch_size=micro, shuffle=False, verbose=0)
+    model.fit(x, np.zeros((STEPS, 1)), batch_size=batch_size, shuffle=False, verbose=0)
     exact = np.mean(x.astype("float64"))
     assert optimizer.given == ["float32"]
     mean = float(tf.convert_to_tensor(optimizer.seen[0])[0, 0])
@@ -121,13 +113,13 @@ def test_a_thousand_micro_batches_of_a_model(wrapper, policy, replicas):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-@pytest.mark.parametrize("wrapper", ["optimizer", "micro_batch_size"])
-def test_the_mean_is_cast_once_and_not_on_its_way(wrapper, dtype):
+@pytest.mark.parametrize("way", ["optimizer", "micro_batch_size"])
+def test_the_mean_is_cast_once_and_not_on_its_way(way, dtype):
     last = 2.0 ** (-10 if dtype == "float16" else -7)  # weight of the last place of 1
     parts = [1.0 + last * (i % 8 > 2) for i in range(16)]
     # Their mean is 1 + 10 / 16 last, and not even half of them is there before the last.
     variable = keras.Variable([[2.0]], dtype=dtype)
-    if wrapper == "optimizer":
+    if way == "optimizer":
         optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), 16)
         for part in parts:
             optimizer.apply([tf.constant([[part]], dtype)], [variable])

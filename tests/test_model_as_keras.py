@@ -15,7 +15,7 @@ from tests.oracle import (
     EFFECTIVE,
     KERAS,
     MODES,
-    accumulating,
+    WAYS,
     dense_model,
     difference,
     in_way,
@@ -50,7 +50,6 @@ def test_arguments_are_those_of_keras(name):
     assert own == keras_own
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_a_tool_that_patches_fit_finds_its_arguments(mode, monkeypatch):
     # As MLflow's autolog does it, among others.
     original, seen = keras.Model.fit, []
@@ -69,7 +68,7 @@ def test_a_tool_that_patches_fit_finds_its_arguments(mode, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(keras.Model, "fit", patched)
-    model, batch_size = accumulating(mode, dense_model())
+    model, _, batch_size = in_way(mode, dense_model())
     model.compile("sgd", "mse")
     x, y, _ = regression_data(EFFECTIVE)
     history = model.fit(x, y, batch_size, 2, verbose=0)
@@ -78,7 +77,7 @@ def test_a_tool_that_patches_fit_finds_its_arguments(mode, monkeypatch):
 
 def test_all_arguments_of_fit_arrive():
     x, y, weight = regression_data(EFFECTIVE)
-    model, batch_size = accumulating("micro_batch_size", dense_model())
+    model, _, batch_size = in_way("micro_batch_size", dense_model())
     model.compile("sgd", "mse", None, ["mae"], None, True)
     assert model.run_eagerly
     fit = {"sample_weight": weight, "validation_split": 0.5, "validation_batch_size": 3}
@@ -94,7 +93,7 @@ def printed(model):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("way", ["plain", "optimizer", *MODES])
+@pytest.mark.parametrize("way", ["plain", *WAYS])
 def test_summary_counts_the_optimizer(way):
     model, optimizer, batch_size = in_way(way, functional(), keras.optimizers.Adam(0.05))
     assert "Optimizer params" not in printed(model)
@@ -112,7 +111,7 @@ def test_summary_leaves_a_compiled_model_as_it_was():
     plain = functional()
     plain.compile("adam", "mse")
     optimizer = plain.optimizer
-    model, _ = accumulating("accum_steps", plain)
+    model, *_ = in_way("accum_steps", plain)
     printed(model)
     assert plain.compiled and plain.optimizer is optimizer
     assert not model.compiled
@@ -136,10 +135,9 @@ def sequential_to_be_built():
 
 
 @pytest.mark.parametrize("make", [functional, numbers, Subclassed, sequential_to_be_built])
-@pytest.mark.parametrize("mode", MODES)
 def test_a_saved_model_has_the_plain_models_signature(make, mode, tmp_path):
     plain = make()
-    model, _ = accumulating(mode, plain)
+    model, *_ = in_way(mode, plain)
     x = np.random.default_rng(0).integers(0, 6, (4, 5)).astype("int32")
     x = x if make is numbers else x.astype("float32")
     expected = model.predict(x, verbose=0)
@@ -158,7 +156,7 @@ def test_inputs_of_several_dtypes_are_in_the_signature(tmp_path):
     inputs = {"a": keras.Input((2,), name="a"), "b": keras.Input((2,), name="b", dtype="int32")}
     hidden = keras.layers.Flatten()(keras.layers.Embedding(5, 1)(inputs["b"]))
     plain = keras.Model(inputs, keras.layers.Concatenate()([inputs["a"], hidden]))
-    model, _ = accumulating("accum_steps", plain)
+    model, *_ = in_way("accum_steps", plain)
     tf.saved_model.save(model, str(tmp_path))
     signature = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
     specs = signature.structured_input_signature[1].values()
@@ -172,7 +170,7 @@ def test_inputs_of_several_dtypes_are_in_the_signature(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.parametrize("make", [functional, numbers, Subclassed])
 def test_tflite_converts_it(make):
-    model, _ = accumulating("micro_batch_size", make())
+    model, *_ = in_way("micro_batch_size", make())
     x = np.random.default_rng(0).integers(0, 6, (4, 5)).astype("int32")
     x = x if make is numbers else x.astype("float32")
     expected = model.predict(x, verbose=0)
@@ -263,7 +261,7 @@ def test_the_largest_micro_batch_size_takes_a_batch_of_unknown_size_whole(jit_co
 
 @pytest.mark.parametrize("file", ["model.keras", "model.h5"])
 def test_a_file_says_what_to_import_where_keras_does_not(file, tmp_path):
-    model, _ = accumulating("accum_steps", functional())
+    model, *_ = in_way("accum_steps", functional())
     model.compile("sgd", keras.losses.MeanSquaredError())
     model.save(tmp_path / file)
     code = f"import keras; print(keras.models.load_model({str(tmp_path / file)!r}))"
@@ -354,25 +352,22 @@ def test_the_warning_is_given_under_a_strategy_too():
             trained_gan(lambda: keras.optimizers.SGD(0.1), size=4)
 
 
-def own_loss(base, *args, **kwargs):
-    """A dense model of class `base` with a loss of its own, which calls none that is compiled."""
+def own_loss(base):
+    """A `base` with a loss of its own, which calls none that is compiled."""
 
     class Own(base):
         def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
             return tf.reduce_mean(tf.abs(y_pred - y))
 
-    inner = dense_model()
-    return Own(inner.inputs[0], inner.outputs[0], *args, **kwargs)
+    return Own
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_a_loss_of_ones_own_ignores_the_compiled_one_as_in_keras(mode):
     x, y, _ = regression_data(EFFECTIVE)
-    value, size = (3, 4) if mode == "accum_steps" else (4, EFFECTIVE)
-    weights = []
-    for model, batch_size in (
-        (own_loss(keras.Model), EFFECTIVE),
-        (own_loss(GradientAccumulateModel, **{mode: value}), size),
+    weights, inner = [], dense_model()
+    for model, _, batch_size in (
+        in_way("plain", own_loss(keras.Model)(inner.inputs[0], inner.outputs[0])),
+        in_way(mode, dense_model(), cls=own_loss(GradientAccumulateModel)),
     ):
         model.compile(keras.optimizers.SGD(0.1), "mse")
         model.fit(x, y, batch_size, shuffle=False, verbose=0)

@@ -8,17 +8,15 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from tests.oracle import MICRO, dense_model, difference, regression_data, updates_of
-
-WRAPPERS = ["optimizer", "model"]
+from tests.oracle import ACROSS_STEPS, MICRO, dense_model, difference, regression_data, updates_of
 
 
 def _sgd():
     return keras.optimizers.SGD(0.05, momentum=0.9)
 
 
-def _compiled(wrapper, accum_steps=4, scaled=False):
-    if wrapper == "model":
+def _compiled(way, accum_steps=4, scaled=False):
+    if way == "accum_steps":
         model = GradientAccumulateModel(model=dense_model(), accum_steps=accum_steps)
         model.compile(_sgd(), "mse")
     else:
@@ -53,9 +51,9 @@ def no_warning():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_fit_that_breaks_off_tells_what_is_held(wrapper, error):
-    model = _compiled(wrapper)
+@pytest.mark.parametrize("way", ACROSS_STEPS)
+def test_a_fit_that_breaks_off_tells_what_is_held(way, error):
+    model = _compiled(way)
     with (
         pytest.warns(UserWarning, match=r"`fit` broke off .* of 2 of 4 micro-batches are kept"),
         pytest.raises(type(error)),
@@ -131,9 +129,9 @@ def test_compiled_with_the_same_optimizer_nothing_is_lost(no_warning):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_weights_that_are_set_in_mid_cycle(wrapper):
-    model = _compiled(wrapper)
+@pytest.mark.parametrize("way", ACROSS_STEPS)
+def test_weights_that_are_set_in_mid_cycle(way):
+    model = _compiled(way)
     x, y, _ = regression_data(MICRO)
     model.train_on_batch(x, y)
     with pytest.warns(UserWarning, match=r"`set_weights` in mid-cycle .* 1 of 4 micro-batches"):

@@ -9,14 +9,12 @@ from gradient_accumulator_tf import GradientAccumulateModel
 from tests.oracle import (
     EFFECTIVE,
     MICRO,
-    MODES,
-    accumulating,
     assert_trains_as_large_batch,
     dense_model,
     difference,
+    in_way,
     momentum_and_mse,
     regression_data,
-    state_of,
 )
 
 
@@ -65,7 +63,7 @@ def classifier_data(examples):
 def test_within_a_step_every_log_is_the_large_batchs():
     x, y, weights = classifier_data(29)
     recorders = []
-    for model in (classifier(), accumulating("micro_batch_size", classifier())[0]):
+    for model in (classifier(), in_way("micro_batch_size", classifier())[0]):
         compile_classifier(model)
         recorders.append(Recorder())
         model.fit(
@@ -98,7 +96,7 @@ def test_across_steps_an_epochs_logs_are_those_of_its_micro_batches():
     plain = classifier()
     compile_classifier(plain)
     expected = plain.evaluate(x, y, MICRO, 0, sample_weight=weights, return_dict=True)
-    model, batch_size = accumulating("accum_steps", classifier())
+    model, _, batch_size = in_way("accum_steps", classifier())
     compile_classifier(model)
     history = model.fit(x, y, batch_size, 1, 0, sample_weight=weights, shuffle=False).history
     assert {name: values[0] for name, values in history.items()} == pytest.approx(
@@ -107,12 +105,11 @@ def test_across_steps_an_epochs_logs_are_those_of_its_micro_batches():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("as_list", [False, True], ids=["callback", "callback list"])
 def test_callbacks_see_an_epochs_last_update(mode, as_list):
     x, y, _ = regression_data(16)
     plain = dense_model()
-    model, batch_size = accumulating(mode, dense_model())
+    model, _, batch_size = in_way(mode, dense_model())
     seen = []
     for m, batch in ((plain, EFFECTIVE), (model, batch_size)):
         m.compile(**momentum_and_mse())
@@ -124,42 +121,6 @@ def test_callbacks_see_an_epochs_last_update(mode, as_list):
     for (_, expected, plain_updates), (_, weights, updates) in zip(*seen, strict=True):
         assert difference(weights, expected) < 2e-6
         assert updates == plain_updates
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_keras_callbacks_work_as_with_a_plain_model(mode, tmp_path):
-    x, y, _ = regression_data(16)
-    results = []
-    for name in ("plain", mode):
-        model, batch_size = dense_model(), EFFECTIVE
-        if name == mode:
-            model, batch_size = accumulating(mode, model)
-        model.compile(keras.optimizers.SGD(0.1), loss="mse")
-        path = str(tmp_path / f"{name}.weights.h5")
-        history = model.fit(
-            x,
-            y,
-            batch_size,
-            8,
-            0,
-            [
-                keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 2.0),
-                keras.callbacks.ReduceLROnPlateau("loss", 0.5, patience=1),
-                keras.callbacks.ModelCheckpoint(path, "loss", 0, True, True),
-                keras.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True),
-            ],
-            shuffle=False,
-        ).history
-        best = dense_model()
-        best.load_weights(path)
-        results.append((state_of(model.weights), state_of(best.weights), history))
-    (weights, best, history), (own_weights, own_best, own_history) = results
-    assert len(history["loss"]) < 8  # stopped early, so that the best weights were restored
-    assert own_history.keys() == history.keys()
-    for name, values in history.items():
-        assert own_history[name] == pytest.approx(values, rel=1e-5), name
-    assert difference(own_weights, weights) < 5e-6
-    assert difference(own_best, best) < 5e-6
 
 
 class CountedCalls(keras.layers.Layer):
@@ -178,9 +139,8 @@ def counted_model():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("mode", MODES)
 def test_fit_traces_once_for_all_epochs_and_sizes(mode):
-    model, batch_size = accumulating(mode, counted_model())
+    model, _, batch_size = in_way(mode, counted_model())
     model.compile(**momentum_and_mse())
     x, y, weights = regression_data(29)
     calls = []
@@ -191,9 +151,8 @@ def test_fit_traces_once_for_all_epochs_and_sizes(mode):
     assert calls[0] == calls[1] == calls[2]
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_train_on_batch_traces_a_signature_once(mode):
-    model, batch_size = accumulating(mode, counted_model())
+    model, _, batch_size = in_way(mode, counted_model())
     model.compile(**momentum_and_mse())
     x, y, _ = regression_data(batch_size)
     model.train_on_batch(x, y)
@@ -205,7 +164,7 @@ def test_train_on_batch_traces_a_signature_once(mode):
 
 def step_graph(micro_batches):
     """The graph of a training step with this many micro-batches; and calls while tracing it."""
-    model, _ = accumulating("micro_batch_size", counted_model())
+    model, *_ = in_way("micro_batch_size", counted_model())
     model.compile(**momentum_and_mse(), metrics=["mae"])
     x, y, weights = regression_data(MICRO * micro_batches)
     data = tf.constant(x), tf.constant(y), tf.constant(weights)

@@ -4,16 +4,14 @@ import keras
 import numpy as np
 import pytest
 
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from gradient_accumulator_tf import GradientAccumulateOptimizer
 from tests.oracle import (
     EFFECTIVE,
-    EXECUTIONS,
     MICRO,
-    MODES,
-    accumulating,
     assert_trains_as_large_batch,
     dense_model,
     difference,
+    in_way,
     regression_data,
     state_of,
     updates_of,
@@ -55,26 +53,25 @@ def test_float64_is_exact(optimizer, float64):
     assert all(v.dtype == "float64" for v in model.weights)
 
 
-def linear(**mode):
+def linear(way="plain", **sizes):
     """y = w x without a loss of precision: all sums of the test's gradients are exact."""
     inputs = keras.Input((3,))
     outputs = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(inputs)
-    model = keras.Model(inputs, outputs)
-    if mode:
-        model = GradientAccumulateModel(model=model, **mode)
-    model.compile(keras.optimizers.SGD(1.0), loss=lambda y, y_pred: y * y_pred)
-    return model
+    model, optimizer, batch_size = in_way(
+        way, keras.Model(inputs, outputs), keras.optimizers.SGD(1.0), **sizes
+    )
+    model.compile(optimizer, loss=lambda y, y_pred: y * y_pred)
+    return model, batch_size
 
 
 @sixteen_bits
-@pytest.mark.parametrize("mode", [{"accum_steps": 4}, {"micro_batch_size": MICRO}], ids=MODES)
 def test_what_sixteen_bits_hold_equals_the_large_batch_bit_for_bit(mode, policy):
     rng = np.random.default_rng(1)
     x = rng.integers(-2, 3, (16, 3)).astype("float32")
     y = rng.integers(-2, 3, (16, 1)).astype("float32")
-    plain, model = linear(), linear(**mode)
+    (plain, _), (model, batch_size) = linear(), linear(mode, steps=4)
     plain.fit(x, y, batch_size=16, verbose=0)
-    model.fit(x, y, batch_size=MICRO if "accum_steps" in mode else 16, verbose=0)
+    model.fit(x, y, batch_size=batch_size, verbose=0)
     expected = -(x * y).mean(axis=0)[:, np.newaxis]
     assert difference(state_of(plain.weights), [expected]) == 0.0
     assert difference(state_of(model.weights), [expected]) == 0.0
@@ -82,13 +79,12 @@ def test_what_sixteen_bits_hold_equals_the_large_batch_bit_for_bit(mode, policy)
 
 
 @sixteen_bits
-@pytest.mark.parametrize("mode", [{"accum_steps": 64}, {"micro_batch_size": 1}], ids=MODES)
 def test_small_gradients_are_not_lost_in_the_sum(mode, policy):
     # Summed in bfloat16, 1.0 + 63 x 0.003 stays 1.0.
     x = np.full((64, 3), 0.003, "float32")
     x[0] = 1.0
-    model = linear(**mode)
-    model.fit(x, np.ones((64, 1)), 64 // mode.get("accum_steps", 1), verbose=0, shuffle=False)
+    model, batch_size = linear(mode, steps=64, micro=1)
+    model.fit(x, np.ones((64, 1)), batch_size, verbose=0, shuffle=False)
     expected = -(1.0 + 63 * 0.003) / 64
     np.testing.assert_allclose(state_of(model.weights)[0], expected, rtol=0.01)
 
@@ -106,11 +102,9 @@ def scaled_momentum_and_mse(**kwargs):
     [
         ("mixed_float16", "graph"),
         ("mixed_float16", "jit"),
-        ("mixed_float16", "steps_per_execution"),
-        ("mixed_bfloat16", "graph"),
         ("mixed_bfloat16", "eager"),
     ],
-    indirect=["policy"],
+    indirect=["policy", "execution"],
 )
 def test_mixed_precision_trains_as_the_large_batch_to_its_rounding(policy, execution):
     x, y, weights = regression_data(26)
@@ -119,35 +113,33 @@ def test_mixed_precision_trains_as_the_large_batch_to_its_rounding(policy, execu
         x,
         y,
         sample_weight=weights,
-        compile_with=lambda: scaled_momentum_and_mse(**EXECUTIONS[execution]),
+        compile_with=lambda: scaled_momentum_and_mse(**execution),
         # Half of the last place of a float16, or of a bfloat16, that is near 1; a few of them.
         tolerance=2e-3 if policy == "mixed_float16" else 2e-2,
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_the_precision_is_the_wrapped_models(mode):
     # Its layers compute in float64 while everything else is float32.
     inputs = keras.Input((3,), dtype="float64")
     plain = keras.Model(inputs, keras.layers.Dense(1, dtype="float64")(inputs))
-    model, _ = accumulating(mode, plain)
+    model, *_ = in_way(mode, plain)
     x = np.random.default_rng(0).normal(size=(5, 3))
     assert difference([model(x)], [plain(x)]) == 0.0
     half = keras.Sequential([keras.layers.Dense(1)])
     half.dtype_policy = "mixed_bfloat16"
-    model, _ = accumulating(mode, half)
+    model, *_ = in_way(mode, half)
     assert model.dtype_policy.name == "mixed_bfloat16"
 
 
 @float16
-@pytest.mark.parametrize("mode", MODES)
 def test_the_loss_scale_is_around_the_accumulation(mode, policy):
     x, y, _ = regression_data(4)
     for optimizer in (
         "sgd",
         keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=256.0),
     ):
-        model, _ = accumulating(mode, dense_model())
+        model, *_ = in_way(mode, dense_model())
         model.compile(optimizer, loss="mse")
         outer = model.optimizer
         assert type(outer) is keras.optimizers.LossScaleOptimizer
@@ -164,14 +156,13 @@ def test_the_loss_scale_is_around_the_accumulation(mode, policy):
 
 @float16
 @pytest.mark.parametrize("overflowing", [[5], [0, 5, 11]])
-@pytest.mark.parametrize("mode", MODES)
 def test_an_overflow_drops_its_effective_batch_and_no_more(mode, overflowing, policy):
     # The scale moves once, whether one micro-batch of the cycle overflows or each of them.
     x, y, _ = regression_data(36)
     y[overflowing] = 1e9
     plain = dense_model()
     plain.compile("sgd", loss="mse")
-    model, batch_size = accumulating(mode, dense_model())
+    model, _, batch_size = in_way(mode, dense_model())
     model.compile("sgd", loss="mse")
     scales = []
     for start in range(0, 36, EFFECTIVE):
@@ -190,7 +181,7 @@ def test_an_overflow_drops_its_effective_batch_and_no_more(mode, overflowing, po
 @float16
 def test_the_scale_grows_by_updates(policy):
     x, y, _ = regression_data(36)
-    model, batch_size = accumulating("accum_steps", dense_model())
+    model, _, batch_size = in_way("accum_steps", dense_model())
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), 256.0, 3)
     model.compile(optimizer, loss="mse")
     scales = []
@@ -201,7 +192,6 @@ def test_the_scale_grows_by_updates(policy):
 
 
 @float16
-@pytest.mark.parametrize("mode", MODES)
 def test_losses_of_several_denominators_go_through_the_loss_scale(mode, policy):
     rng = np.random.default_rng(3)
     x, y = rng.integers(0, 6, (24, 5)), rng.normal(size=(24, 5, 1))
@@ -220,7 +210,7 @@ def test_losses_of_several_denominators_go_through_the_loss_scale(mode, policy):
         x,
         y,
         compile_with=scaled_momentum_and_mse,
-        modes=[mode],
+        ways=[mode],
         tolerance=1e-3,
         same_logs=["micro_batch_size"],
     )

@@ -50,10 +50,10 @@ def test_keras_alone_still_fails(workers):
         assert "Invalid reduction dimension 0" in reducing
 
 
-@pytest.mark.parametrize("kind", job.KINDS)
-def test_fit_equals_the_large_batch_of_one_device(workers, kind):
+@pytest.mark.parametrize("way", job.WAYS)
+def test_fit_equals_the_large_batch_of_one_device(workers, way):
     x, y, weights = regression_data(job.EXAMPLES)
-    if kind == "optimizer":
+    if way == "optimizer":
         x, y, weights = x[: 2 * job.LARGE], y[: 2 * job.LARGE], np.ones(2 * job.LARGE)
     large = dense_model()
     large.compile(job.make_optimizer(), job.make_loss(), weighted_metrics=["mae"])
@@ -61,14 +61,14 @@ def test_fit_equals_the_large_batch_of_one_device(workers, kind):
     history = large.fit(x, y, epochs=job.EPOCHS, shuffle=False, **arguments).history
     logs = large.evaluate(x, y, **arguments)
     for results, _ in workers:
-        assert difference(results[f"{kind}/weights"], large.get_weights()) < 1e-6
+        assert difference(results[f"{way}/weights"], large.get_weights()) < 1e-6
         if KERAS < (3, 10):
             continue  # its metrics are each replica's own
         # Across steps a micro-batch's loss counts for its weights, as does its gradient.
-        if kind != "across_steps":
-            np.testing.assert_allclose(results[f"{kind}/loss"], history["loss"], rtol=2e-6)
+        if way != "accum_steps":
+            np.testing.assert_allclose(results[f"{way}/loss"], history["loss"], rtol=2e-6)
         # Keras's own evaluation counts the loss of each replica for its examples.
-        np.testing.assert_allclose(results[f"{kind}/evaluate"][1], logs[1], rtol=2e-6)
+        np.testing.assert_allclose(results[f"{way}/evaluate"][1], logs[1], rtol=2e-6)
 
 
 def test_a_custom_loop_equals_the_large_batch_of_one_device(workers):
@@ -81,8 +81,8 @@ def test_a_custom_loop_equals_the_large_batch_of_one_device(workers):
         assert results["custom_loop/iterations"] == [6]
 
 
-@pytest.mark.parametrize("kind", job.KINDS)
-def test_an_overflow_on_the_last_worker_drops_the_update_on_all(workers, kind):
+@pytest.mark.parametrize("way", job.WAYS)
+def test_an_overflow_on_the_last_worker_drops_the_update_on_all(workers, way):
     keras.config.set_dtype_policy("mixed_float16")
     large = dense_model()
     large.compile(job.make_scaled(), "mse")
@@ -91,9 +91,9 @@ def test_an_overflow_on_the_last_worker_drops_the_update_on_all(workers, kind):
     large.fit(*job.overflowing_data(), batch_size=job.LARGE, shuffle=False, verbose=0)
     assert float(large.optimizer.dynamic_scale) == 128.0
     for results, _ in workers:
-        assert results[f"mixed_{kind}/scale"] == [128.0]
-        assert results[f"mixed_{kind}/updates"] == [2]
-        assert difference(results[f"mixed_{kind}/weights"], large.get_weights()) < 1e-3
+        assert results[f"mixed_{way}/scale"] == [128.0]
+        assert results[f"mixed_{way}/updates"] == [2]
+        assert difference(results[f"mixed_{way}/weights"], large.get_weights()) < 1e-3
 
 
 def test_all_workers_resume_in_mid_cycle_from_what_the_chief_saved(workers):

@@ -15,11 +15,11 @@ from gradient_accumulator_tf import (
 from gradient_accumulator_tf.cycle.non_finite import POLICIES, NonFinite
 from tests.oracle import (
     EFFECTIVE,
-    EXECUTIONS,
     MICRO,
-    MODES,
+    WAYS,
     dense_model,
     difference,
+    in_way,
     mirrored,
     regression_data,
     state_of,
@@ -38,19 +38,13 @@ def _sgd():
     return keras.optimizers.SGD(0.05, momentum=0.9)
 
 
-def _model(mode, policy, make_model=dense_model, optimizer=_sgd, **compile_with):
-    """An accumulating model, and the batch size for `fit`. The mode may be "optimizer"."""
-    compile_with = {"loss": "mse", **compile_with}
-    steps = EFFECTIVE // MICRO
-    if mode == "optimizer":
-        model = make_model()
-        wrapped = GradientAccumulateOptimizer(optimizer(), steps, non_finite=policy)
-        model.compile(wrapped, **compile_with)
-        return model, MICRO
-    size = {"accum_steps": steps} if mode == "accum_steps" else {"micro_batch_size": MICRO}
-    model = GradientAccumulateModel(model=make_model(), non_finite=policy, **size)
-    model.compile(optimizer(), **compile_with)
-    return model, MICRO if mode == "accum_steps" else EFFECTIVE
+def _model(way, policy, make_model=dense_model, optimizer=_sgd, replicas=1, **compile_with):
+    """An accumulating model, and the batch size for `fit`."""
+    model, optimizer, batch_size = in_way(
+        way, make_model(), optimizer(), replicas=replicas, non_finite=policy
+    )
+    model.compile(optimizer, **{"loss": "mse", **compile_with})
+    return model, batch_size
 
 
 def _data(bad, value=np.nan):
@@ -89,47 +83,52 @@ DROPPED = {"drop_micro_batch": (1 + 2 + 3, 1), "drop_cycle": (0, 3)}
 
 
 @pytest.mark.parametrize(
-    "policy, execution",
-    [*(("drop_micro_batch", e) for e in EXECUTIONS), ("drop_cycle", "graph")],
+    "way, policy, execution",
+    [
+        *((way, policy, "graph") for way in WAYS for policy in DROPPING),
+        ("optimizer", "drop_micro_batch", "eager"),
+        ("optimizer", "drop_micro_batch", "jit"),
+        ("accum_steps", "drop_micro_batch", "steps_per_execution"),
+        ("micro_batch_size", "drop_micro_batch", "eager"),
+        ("micro_batch_size", "drop_micro_batch", "jit"),
+    ],
+    indirect=["execution"],
 )
-@pytest.mark.parametrize("mode", ["optimizer", *MODES])
-def test_the_update_is_the_large_batchs_without_what_was_dropped(mode, policy, execution):
+def test_the_update_is_the_large_batchs_without_what_was_dropped(way, policy, execution):
     x, y = _data(BAD)
-    model, batch_size = _model(mode, policy, **EXECUTIONS[execution])
+    model, batch_size = _model(way, policy, **execution)
     history = model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0).history
     kept = _kept(policy, BAD)
     large, losses = _large(x, y, kept)
     assert difference(model.get_weights(), large.get_weights()) < 1e-6
     assert updates_of(model.optimizer) == updates_of(large.optimizer) == 4 - DROPPED[policy][1]
-    owner = model.optimizer if mode == "optimizer" else model
+    owner = model.optimizer if way == "optimizer" else model
     counts = owner.dropped_micro_steps, owner.dropped_cycles
     assert tuple(int(c.numpy()) for c in counts) == DROPPED[policy]
     assert all(c.dtype == "int64" for c in counts)
-    if mode == "optimizer":
+    if way == "optimizer":
         return
     assert (history["dropped_micro_steps"], history["dropped_cycles"]) == (
         [DROPPED[policy][0]],
         [DROPPED[policy][1]],
     )
-    if mode == "micro_batch_size":
+    if way == "micro_batch_size":
         sizes = [len(k) for k in kept if k]
         np.testing.assert_allclose(history["loss"], np.dot(losses, sizes) / sum(sizes), rtol=1e-5)
     assert np.isfinite(history["loss"]).all()
 
 
-@pytest.mark.parametrize("mode", ["optimizer", *MODES])
-def test_without_a_policy_they_reach_the_weights_as_the_large_batchs_do(mode):
+def test_without_a_policy_they_reach_the_weights_as_the_large_batchs_do(way):
     x, y = _data([30])
-    model, batch_size = _model(mode, "propagate")
+    model, batch_size = _model(way, "propagate")
     history = model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0).history
     assert all(np.isnan(w).all() for w in model.get_weights())
     assert list(history) == ["loss"]
-    owner = model.optimizer if mode == "optimizer" else model
+    owner = model.optimizer if way == "optimizer" else model
     assert (owner.dropped_micro_steps, owner.dropped_cycles) == (0, 0)
 
 
-@pytest.mark.parametrize("policy", ["propagate", *DROPPING])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("policy", DROPPING)
 def test_where_all_is_finite_no_policy_changes_anything(mode, policy):
     x, y = _data([])
     model, batch_size = _model(mode, policy)
@@ -203,7 +202,6 @@ def test_with_one_micro_batch_per_update(policy):
     assert int(model.dropped_cycles) == 1
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_denominators_go_with_what_is_dropped(mode):
     # Three denominators: examples (a regulariser), summed weights, and a sum without any.
     def make_model():
@@ -235,19 +233,11 @@ def test_denominators_go_with_what_is_dropped(mode):
 
 
 @pytest.mark.parametrize("policy", DROPPING)
-@pytest.mark.parametrize("mode", ["optimizer", *MODES])
-def test_on_replicas_a_micro_batch_is_that_of_one_replica(mode, policy):
+def test_on_replicas_a_micro_batch_is_that_of_one_replica(way, policy):
     # Each has one half of a batch of fit. Cycle 2 has nothing finite.
     bad = [3, 13, 24, 26, 28, 30, 32, 34]
     with mirrored().scope():
-        if mode == "micro_batch_size":
-            model = GradientAccumulateModel(
-                model=dense_model(), micro_batch_size=2, non_finite=policy
-            )
-            model.compile(_sgd(), "mse")
-            batch_size = EFFECTIVE
-        else:
-            model, batch_size = _model(mode, policy)
+        model, batch_size = _model(way, policy, replicas=2)
     x, y = _data(bad)
     history = model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0).history
     large, _ = _large(x, y, _kept(policy, bad, (2,) * 6))
@@ -255,11 +245,11 @@ def test_on_replicas_a_micro_batch_is_that_of_one_replica(mode, policy):
     for variable in model.trainable_variables:
         first, second = (v.numpy() for v in variable.value.values)
         assert np.array_equal(first, second)
-    owner = model.optimizer if mode == "optimizer" else model
+    owner = model.optimizer if way == "optimizer" else model
     expected = {"drop_micro_batch": (8, 1), "drop_cycle": (0, 3)}[policy]
     counts = int(owner.dropped_micro_steps.numpy()), int(owner.dropped_cycles.numpy())
     assert counts == expected
-    if mode != "optimizer":
+    if way != "optimizer":
         assert (history["dropped_micro_steps"], history["dropped_cycles"]) == (
             [expected[0]],
             [expected[1]],
@@ -267,8 +257,7 @@ def test_on_replicas_a_micro_batch_is_that_of_one_replica(mode, policy):
         assert np.isfinite(history["loss"]).all()
 
 
-@pytest.mark.parametrize("mode", ["optimizer", *MODES])
-def test_no_policy_makes_replicas_talk_more_often(mode, monkeypatch):
+def test_no_policy_makes_replicas_talk_more_often(way, monkeypatch):
     x, y = _data([])
     calls = []
     all_reduce = tf.distribute.ReplicaContext.all_reduce
@@ -282,7 +271,7 @@ def test_no_policy_makes_replicas_talk_more_often(mode, monkeypatch):
     for policy in ("propagate", "drop_micro_batch"):
         calls.clear()
         with mirrored().scope():
-            model, batch_size = _model(mode, policy)
+            model, batch_size = _model(way, policy)
         model.fit(x[:EFFECTIVE], y[:EFFECTIVE], batch_size=batch_size, verbose=0)
         reductions.append(len(calls))
     assert len(set(reductions)) == 1
@@ -304,7 +293,6 @@ def _scaled():
 @pytest.mark.parametrize(
     "policy, replicas", [*((policy, 1) for policy in DROPPING), ("drop_micro_batch", 2)]
 )
-@pytest.mark.parametrize("mode", MODES)
 def test_the_loss_scale_moves_once_per_update(mode, policy, replicas):
     x, y = _data(BAD, 1e9)
     strategy = mirrored() if replicas == 2 else tf.distribute.get_strategy()
@@ -333,7 +321,6 @@ def test_the_loss_scale_moves_once_per_update(mode, policy, replicas):
 
 
 @pytest.mark.usefixtures("mixed_float16")
-@pytest.mark.parametrize("mode", MODES)
 def test_the_loss_scale_grows_as_without_a_policy(mode):
     x, y = _data([])
     scales = []
@@ -356,7 +343,6 @@ def test_slices_are_dropped_and_their_rows_stay():
     assert table.numpy()[:, 0].tolist() == [0, -6, -3, 0, 0, 0]
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_statistics_of_batch_normalisation_leave_out_what_is_not_finite(mode):
     def make_model():
         norm = AccumBatchNorm(momentum=0.5)
@@ -383,11 +369,10 @@ def test_a_partial_cycle_of_nothing_finite_is_no_update():
     assert (int(optimizer.dropped_micro_steps), int(optimizer.dropped_cycles)) == (1, 1)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("how", ["keras", "weights", "checkpoint"])
+@pytest.mark.parametrize(
+    "how, replicas", [("keras", 1), ("weights", 1), ("weights", 2), ("checkpoint", 2)]
+)
 def test_counts_are_saved_in_mid_cycle_too(how, replicas, tmp_path):
-    if how == "keras" and replicas == 2:
-        pytest.skip("a strategy's model is loaded from its weights")
     strategy = mirrored() if replicas == 2 else tf.distribute.get_strategy()
     x, y = _data([1, 3, 13])
 

@@ -15,15 +15,15 @@ from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateO
 from tests.oracle import (
     EFFECTIVE,
     MICRO,
-    accumulating,
+    WAYS,
     dense_model,
     difference,
+    in_way,
     regression_data,
     state_of,
     updates_of,
 )
 
-WAYS = ["optimizer", "accum_steps", "micro_batch_size"]
 STRATEGIES = {
     "mirrored": lambda: tf.distribute.MirroredStrategy(["CPU:0"]),
     "multi_worker": tf.distribute.MultiWorkerMirroredStrategy,  # without a cluster
@@ -47,22 +47,16 @@ def momentum():
     return keras.optimizers.SGD(0.1, momentum=0.9)
 
 
-def compiled(way, strategy, optimizer, non_finite="propagate", model=dense_model, **kwargs):
+def compiled(way, strategy, optimizer, model=dense_model, arguments=None, **kwargs):
     """A model made under a strategy that accumulates in a way, and the batch size for `fit`."""
     with strategy.scope():
-        net, optimizer, batch_size = model(), optimizer(), EFFECTIVE
-        if way == "optimizer":
-            steps = EFFECTIVE // MICRO
-            optimizer = GradientAccumulateOptimizer(optimizer, steps, non_finite=non_finite)
-            batch_size = MICRO
-        elif way in WAYS:
-            net, batch_size = accumulating(way, net, non_finite=non_finite)
+        net, optimizer, batch_size = in_way(way, model(), optimizer(), **(arguments or {}))
         net.compile(optimizer, "mse", **kwargs)
     return net, batch_size
 
 
 def trained(way, strategy, optimizer, data, epochs=1, initial_scale=None, **kwargs):
-    """A model trained on effective batches; `way` None is the large batch."""
+    """A model trained on effective batches; "plain" is the large batch."""
     model, batch_size = compiled(way, strategy, optimizer, **kwargs)
     if initial_scale is not None:
         model.optimizer.initial_scale = initial_scale
@@ -76,7 +70,7 @@ def inner(optimizer):
 
 @functools.cache
 def large_batch():
-    model = trained(None, tf.distribute.get_strategy(), everything_per_update, _data(), 2)
+    model = trained("plain", tf.distribute.get_strategy(), everything_per_update, _data(), 2)
     return model.get_weights(), state_of(model.optimizer.variables)
 
 
@@ -84,8 +78,17 @@ def _data(dtype="float64"):
     return regression_data(2 * EFFECTIVE, dtype=dtype)[:2]
 
 
+# The wrappers of the optimizer and of the model across steps are one where a strategy is asked.
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way, execution",
+    [
+        *(pytest.param(way, "graph", marks=pytest.mark.fast) for way in WAYS),
+        *(("optimizer", execution) for execution in ("eager", "jit", "steps_per_execution")),
+        *(("micro_batch_size", execution) for execution in ("eager", "jit")),
+    ],
+    indirect=["execution"],
+)
 def test_equals_the_large_batch_in_every_execution(way, execution):
     weights, state = large_batch()
     strategy = STRATEGIES["mirrored"]()
@@ -97,25 +100,22 @@ def test_equals_the_large_batch_in_every_execution(way, execution):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["multi_worker", "one_device"])
+@pytest.mark.parametrize(
+    "name, way",
+    [*(("multi_worker", way) for way in WAYS), ("one_device", "micro_batch_size")],
+)
 def test_equals_the_large_batch_under_every_strategy(name, way):
     model = trained(way, STRATEGIES[name](), everything_per_update, _data(), 2)
     assert difference(model.get_weights(), large_batch()[0]) < 1e-12
 
 
-def test_keras_alone_cannot_overwrite_with_averages_in_a_graph():
-    # When this fails, docs/several_devices.md need not say so.
-    with pytest.raises(RuntimeError, match="merge_call"):
-        trained(None, STRATEGIES["mirrored"](), everything_per_update, _data())
-
-
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("policy", ["drop_micro_batch", "drop_cycle"])
+@pytest.mark.parametrize(
+    "policy, way", [*(("drop_micro_batch", way) for way in WAYS), ("drop_cycle", "optimizer")]
+)
 def test_what_is_not_finite_is_dropped(policy, way):
     x, y = _data()
-    large, _ = compiled(None, tf.distribute.get_strategy(), momentum)
+    large, _ = compiled("plain", tf.distribute.get_strategy(), momentum)
     first, second = np.arange(EFFECTIVE), np.arange(EFFECTIVE, 2 * EFFECTIVE)
     if policy == "drop_micro_batch":
         kept = np.delete(first, np.s_[MICRO : 2 * MICRO])
@@ -124,14 +124,15 @@ def test_what_is_not_finite_is_dropped(policy, way):
 
     y = y.copy()
     y[MICRO] = np.nan
-    model = trained(way, STRATEGIES["mirrored"](), momentum, (x, y), non_finite=policy)
+    model = trained(
+        way, STRATEGIES["mirrored"](), momentum, (x, y), arguments={"non_finite": policy}
+    )
     assert difference(model.get_weights(), large.get_weights()) < 1e-12
     counter = model if way != "optimizer" else model.optimizer
     assert int(counter.dropped_cycles.numpy()) == (policy == "drop_cycle")
     assert int(counter.dropped_micro_steps.numpy()) == (policy == "drop_micro_batch")
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_an_overflow_drops_the_update_and_halves_the_scale_once(way):
     x, y = _data("float32")
     y[MICRO] = 1e9
@@ -140,7 +141,7 @@ def test_an_overflow_drops_the_update_and_halves_the_scale_once(way):
         large, model = (
             trained(*arguments, momentum, (x, y), initial_scale=256.0)
             for arguments in (
-                (None, tf.distribute.get_strategy()),
+                ("plain", tf.distribute.get_strategy()),
                 (way, STRATEGIES["mirrored"]()),
             )
         )
@@ -158,7 +159,7 @@ def test_an_overflow_drops_the_update_and_halves_the_scale_once(way):
 @pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
 def test_a_loop_of_ones_own_with_weights_and_a_partial_cycle(eager):
     x, y = _data()
-    large, _ = compiled(None, tf.distribute.get_strategy(), everything_per_update)
+    large, _ = compiled("plain", tf.distribute.get_strategy(), everything_per_update)
     for examples in (slice(15), slice(15, None)):  # 5 + 5 + 5, then 5 + 4
         large.train_on_batch(x[examples], y[examples])
 
@@ -187,8 +188,10 @@ def test_a_loop_of_ones_own_with_weights_and_a_partial_cycle(eager):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("way", WAYS[:2])
-@pytest.mark.parametrize("copy", ["checkpoint", "keras_file"])
+@pytest.mark.parametrize(
+    "copy, way",
+    [("checkpoint", "optimizer"), ("checkpoint", "accum_steps"), ("keras_file", "accum_steps")],
+)
 def test_resumes_in_mid_cycle(copy, way, tmp_path):
     x, y = _data()
     strategy = STRATEGIES["mirrored"]()
@@ -215,7 +218,7 @@ def test_resumes_in_mid_cycle(copy, way, tmp_path):
             resumed = keras.models.load_model(tmp_path / "model.keras")
     for m in (model, resumed):
         train(m, EFFECTIVE + MICRO, 2 * EFFECTIVE)
-    large, _ = compiled(None, tf.distribute.get_strategy(), everything_per_update)
+    large, _ = compiled("plain", tf.distribute.get_strategy(), everything_per_update)
     for start in (0, EFFECTIVE):
         large.train_on_batch(x[start : start + EFFECTIVE], y[start : start + EFFECTIVE])
     assert difference(resumed.get_weights(), model.get_weights()) == 0.0
@@ -237,8 +240,9 @@ def normalised_model(synchronized=False):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["mirrored", "multi_worker"])
-@pytest.mark.parametrize("examples", [2 * EFFECTIVE, 2 * EFFECTIVE - 2])
+@pytest.mark.parametrize(
+    "name, examples", [("mirrored", 2 * EFFECTIVE - 2), ("multi_worker", 2 * EFFECTIVE)]
+)
 def test_layers_that_synchronise_have_nothing_to_wait_for(name, examples):
     # In the loop over micro-batches, where several replicas may not.
     data = [a[:examples] for a in _data()]
@@ -267,7 +271,9 @@ def test_exact_batch_normalisation():
             model=normalised_model(), micro_batch_size=5, batch_norm="exact"
         )
         exact.compile(momentum(), "mse")
-    large = trained(None, tf.distribute.get_strategy(), momentum, _data(), model=normalised_model)
+    large = trained(
+        "plain", tf.distribute.get_strategy(), momentum, _data(), model=normalised_model
+    )
     exact.fit(*_data(), batch_size=EFFECTIVE, shuffle=False, verbose=0)
     assert difference(exact.get_weights(), large.get_weights()) < 1e-12
 

@@ -259,8 +259,8 @@ def test_in_a_train_step_of_ones_own_with_a_smaller_last_batch(execution):
     assert difference(accumulated.get_weights(), large.get_weights()) < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["eager", "function", "jit"])
-def test_in_a_gradient_tape_loop(mode):
+@pytest.mark.parametrize("execution", ["eager", "graph", "jit"])
+def test_in_a_gradient_tape_loop(execution):
     x, y, _ = regression_data(72)
     weights = []
     for optimizer, batch_size in (
@@ -276,11 +276,11 @@ def test_in_a_gradient_tape_loop(mode):
             gradients = tape.gradient(loss, model.trainable_variables)
             optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
 
-        if mode != "eager":
-            step = tf.function(step, jit_compile=mode == "jit")
+        if execution != "eager":
+            step = tf.function(step, jit_compile=execution == "jit")
         for start in range(0, 72, batch_size):
             step(x[start : start + batch_size], y[start : start + batch_size])
-        if mode != "eager":
+        if execution != "eager":
             assert step.experimental_get_tracing_count() == 1
         weights.append(model.get_weights())
     assert difference(*weights) < 1e-6
@@ -453,3 +453,15 @@ def test_finalize_flushes_and_then_takes_the_moving_average():
     optimizer.finalize_variable_values([v])
     # Updates to 0 and -2; the average starts at the first and moves half-way to the second.
     assert float(v.numpy()) == -1.0
+
+
+@pytest.mark.fast
+def test_completion_shows_what_is_documented_and_nothing_else():
+    optimizer = GradientAccumulateOptimizer("sgd", 2)
+    optimizer.build([keras.Variable(0.0)])
+    of_keras = set(dir(keras.optimizers.SGD()))
+    own = {name for name in dir(optimizer) if not name.startswith("_")} - of_keras
+    properties = {"micro_step", "steps_in_cycle", "just_updated", "ended_in_update", "optimizers"}
+    properties |= {"accum_steps", "reduction", "non_finite"}
+    properties |= {"dropped_micro_steps", "dropped_cycles"}
+    assert own == properties | {"flush", "reset", "rebuild"}

@@ -17,12 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.fast
-def test_public_names_have_docstrings_and_are_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
+def test_public_names_have_docstrings():
     for name in gradient_accumulator_tf.__all__:
-        if name != "__version__":
-            assert getattr(gradient_accumulator_tf, name).__doc__
-            assert name in readme
+        assert name == "__version__" or getattr(gradient_accumulator_tf, name).__doc__, name
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch", "numpy"])

@@ -11,7 +11,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import GradientAccumulateOptimizer
 from gradient_accumulator_tf._keras import patches
 from gradient_accumulator_tf._keras.patches.replaced import replace_function
-from gradient_accumulator_tf.optimizers.accumulate import accumulating_optimizer_of
+from gradient_accumulator_tf.optimizers.cycle import cycle_of, cycle_of_model
 from gradient_accumulator_tf.replicated.replicas import check_strategy, prepare_fit
 from tests.oracle import dense_model, mirrored, regression_data
 
@@ -77,8 +77,8 @@ def _functions():
 
 def _patch():
     patches.mend_fit_on_several_workers()
-    patches.route_loss_scaling(GradientAccumulateOptimizer)
-    patches.hook_into_models(keras.Model, accumulating_optimizer_of)
+    patches.route_loss_scaling(GradientAccumulateOptimizer, cycle_of)
+    patches.hook_into_models(keras.Model, cycle_of_model)
 
 
 @pytest.fixture
@@ -112,8 +112,8 @@ def _reload_and_patch():
     for module in (replaced, loss_scaling, model_hooks, several_workers):
         importlib.reload(module)
     several_workers.mend_fit_on_several_workers()
-    loss_scaling.route_loss_scaling(GradientAccumulateOptimizer)
-    model_hooks.hook_into_models(keras.Model, accumulating_optimizer_of)
+    loss_scaling.route_loss_scaling(GradientAccumulateOptimizer, cycle_of)
+    model_hooks.hook_into_models(keras.Model, cycle_of_model)
 
 
 def test_a_model_that_is_hooked_into_twice_warns_once():

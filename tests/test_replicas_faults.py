@@ -6,9 +6,17 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer, _keras
-from tests.oracle import dense_model, difference, mirrored, regression_data, state_of, updates_of
+from tests.oracle import (
+    ACROSS_STEPS,
+    dense_model,
+    difference,
+    in_way,
+    mirrored,
+    regression_data,
+    state_of,
+    updates_of,
+)
 
-KINDS = ["optimizer", "across_steps", "within_a_step"]
 LARGE, MICRO = 16, 4
 
 
@@ -19,16 +27,12 @@ def mixed_float16():
     keras.config.set_dtype_policy("float32")
 
 
-def _train_on_replicas(kind, strategy, x, y, make_optimizer, model=dense_model):
+def _train_on_replicas(way, strategy, x, y, make_optimizer, model=dense_model):
     """A model trained on effective batches of `LARGE`, and its batch size in `fit`."""
     with strategy.scope():
-        net, optimizer = model(), make_optimizer()
-        if kind == "optimizer":
-            optimizer, batch = GradientAccumulateOptimizer(optimizer, LARGE // MICRO), MICRO
-        elif kind == "across_steps":
-            net, batch = GradientAccumulateModel(model=net, accum_steps=LARGE // MICRO), MICRO
-        else:
-            net, batch = GradientAccumulateModel(model=net, micro_batch_size=2), LARGE
+        net, optimizer, batch = in_way(
+            way, model(), make_optimizer(), steps=LARGE // MICRO, micro=MICRO, replicas=2
+        )
         net.compile(optimizer, "mse")
         net.optimizer.initial_scale = 256.0  # of a LossScaleOptimizer, if there is one
     net.fit(x, y, batch_size=batch, shuffle=False, verbose=0)
@@ -36,9 +40,8 @@ def _train_on_replicas(kind, strategy, x, y, make_optimizer, model=dense_model):
 
 
 @pytest.mark.usefixtures("mixed_float16")
-@pytest.mark.parametrize("overflowing", [[], [2], [7], [3, 4, 14]])
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_overflow_on_any_replica_drops_the_update_and_halves_the_scale_once(kind, overflowing):
+@pytest.mark.parametrize("overflowing", [[2], [3, 4, 14]])
+def test_an_overflow_on_any_replica_drops_the_update_and_halves_the_scale_once(way, overflowing):
     # Of each four examples of a micro-batch, the last two are replica 1's.
     x, y, _ = regression_data(3 * LARGE)
     y[overflowing] = 1e9
@@ -47,7 +50,7 @@ def test_an_overflow_on_any_replica_drops_the_update_and_halves_the_scale_once(k
     large.optimizer.initial_scale = 256.0
     large.fit(x, y, batch_size=LARGE, shuffle=False, verbose=0)
 
-    model = _train_on_replicas(kind, mirrored(), x, y, lambda: keras.optimizers.SGD(0.05))
+    model = _train_on_replicas(way, mirrored(), x, y, lambda: keras.optimizers.SGD(0.05))
     assert updates_of(model.optimizer) == updates_of(large.optimizer)
     assert float(model.optimizer.dynamic_scale.numpy()) == float(large.optimizer.dynamic_scale)
     assert int(model.optimizer.step_counter.numpy()) == int(large.optimizer.step_counter)
@@ -55,11 +58,10 @@ def test_an_overflow_on_any_replica_drops_the_update_and_halves_the_scale_once(k
     assert difference(model.get_weights(), dense_model().get_weights()) > 1e-2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_nan_on_one_replica_reaches_all_or_none(kind):
+def test_a_nan_on_one_replica_reaches_all_or_none(way):
     x, y, _ = regression_data(LARGE)
     y[7] = np.nan
-    model = _train_on_replicas(kind, mirrored(), x, y, lambda: keras.optimizers.SGD(0.1))
+    model = _train_on_replicas(way, mirrored(), x, y, lambda: keras.optimizers.SGD(0.1))
     for variable in model.trainable_variables:
         for value in variable.value.values:
             assert np.all(np.isnan(value.numpy()))
@@ -93,12 +95,12 @@ def _normalised_model(synchronized):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_synchronised_batch_normalisation_sees_the_micro_batch_of_all_replicas(kind):
+@pytest.mark.parametrize("way", ACROSS_STEPS)
+def test_synchronised_batch_normalisation_sees_the_micro_batch_of_all_replicas(way):
     x, y, _ = regression_data(2 * LARGE)
     weights = [
         _train_on_replicas(
-            kind,
+            way,
             strategy,
             x,
             y,
@@ -178,12 +180,11 @@ def test_parameter_servers_are_told_from_other_strategies():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_optimizer_made_outside_the_scope_is_refused(kind):
+def test_an_optimizer_made_outside_the_scope_is_refused(way):
     optimizer = keras.optimizers.Adam()
     x, y, _ = regression_data(LARGE)
     with pytest.raises(ValueError) as error:
-        _train_on_replicas(kind, mirrored(), x, y, lambda: optimizer)
+        _train_on_replicas(way, mirrored(), x, y, lambda: optimizer)
     assert "Adam made under _DefaultDistributionStrategy" in str(error.value)
     assert "to train under MirroredStrategy" in str(error.value)
 

@@ -2,17 +2,14 @@
 
 import contextlib
 import io
-import json
 import sys
 
 import keras
-import numpy as np
 import pytest
 import tensorflow as tf
 
 from examples import resume
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
-from tests.oracle import dense_model, difference, regression_data
+from tests.oracle import ACROSS_STEPS, difference, in_way, regression_data
 
 # Of 60 images 9 are held out: 7 micro-batches of 8 in an epoch, so that the optimizer's cycles of
 # 3 are open at most epochs' ends. Ten kills and two ways to save are 20 for each wrapper.
@@ -78,8 +75,8 @@ class Interrupted(keras.callbacks.Callback):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("wrapper", ["optimizer", "model"])
-def test_random_layers_go_on_with_their_numbers(wrapper, tmp_path):
+@pytest.mark.parametrize("way", ACROSS_STEPS)
+def test_random_layers_go_on_with_their_numbers(way, tmp_path):
     x, y, _ = regression_data(80)
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
 
@@ -88,11 +85,7 @@ def test_random_layers_go_on_with_their_numbers(wrapper, tmp_path):
         model = keras.Sequential(
             [keras.Input((5,)), keras.layers.Dropout(0.5), keras.layers.Dense(1)]
         )
-        optimizer = keras.optimizers.Adam(0.01)
-        if wrapper == "optimizer":
-            optimizer = GradientAccumulateOptimizer(optimizer, 3)
-        else:
-            model = GradientAccumulateModel(model=model, accum_steps=3)
+        model, optimizer, _ = in_way(way, model, keras.optimizers.Adam(0.01))
         model.compile(optimizer, "mse")
         with contextlib.suppress(KeyboardInterrupt):
             resume.loop_with_checkpoints(model, dataset, 1, folder, 2, Interrupted(after))
@@ -101,37 +94,3 @@ def test_random_layers_go_on_with_their_numbers(wrapper, tmp_path):
     undisturbed = train(None)
     assert difference(train(str(tmp_path), after=13), undisturbed) > 1e-3
     assert difference(train(str(tmp_path)), undisturbed) == 0.0
-
-
-def test_keras_alone_does_not_save_random_numbers(tmp_path):
-    # When this fails, docs/resume.md need not say so.
-    def make():
-        keras.utils.set_random_seed(1)
-        model = keras.Sequential([keras.Input((5,)), keras.layers.Dropout(0.5)])
-        return model, model.layers[0].seed_generator.state
-
-    model, state = make()
-    state.assign(state + 7)
-    model.save_weights(tmp_path / "model.weights.h5")
-    loaded, other = make()
-    loaded.load_weights(tmp_path / "model.weights.h5")
-    assert np.any(state.numpy() != other.numpy())
-
-
-def test_keras_backups_do_not_survive_a_kill_between_their_two_files(tmp_path, monkeypatch):
-    # When this fails, docs/resume.md need not say so, and AtomicBackupAndRestore may go.
-    def fit():
-        model = dense_model()
-        model.compile("sgd", "mse")
-        backup = keras.callbacks.BackupAndRestore(str(tmp_path), double_checkpoint=True)
-        x, y, _ = regression_data(8)
-        model.fit(x, y, epochs=3, verbose=0, callbacks=[backup])
-
-    def killed(value):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(json, "dumps", killed)
-        fit()
-    with pytest.raises(json.JSONDecodeError):
-        fit()

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from gradient_accumulator_tf.optimizers.cycle import cycle_of
 from tests.oracle import difference, mirrored, state_of, updates_of
 
 # One weight, of which the gradient is the input: `add_loss` of weight times input.
@@ -76,7 +77,7 @@ def weights_file(model, new, folder, built):
 def checkpoint(model, new, folder, built):
     path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "ckpt")
     restored = tf.train.Checkpoint(model=_into(new, built), optimizer=new.optimizer).restore(path)
-    if built and model.optimizer.accumulates:
+    if built and cycle_of(model.optimizer).accumulates:
         restored.assert_consumed()
     return new
 

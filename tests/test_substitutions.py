@@ -13,6 +13,9 @@ class Owner:
     def __init__(self):
         self.own = "own"
 
+    def method(self, word):
+        return f"method {word}"
+
 
 @pytest.mark.fast
 @pytest.mark.parametrize("name, original", [("own", "own"), ("of_class", "class")])
@@ -74,3 +77,40 @@ def test_interleaved_threads_keep_it_until_both_left():
     first()
     second.join()
     assert (seen, owner.own) == ([1], "own")
+
+
+def test_each_block_on_a_thread_has_a_function_of_its_own():
+    substitutions, owner = Substitutions(), Owner()
+    before = dict(vars(owner))
+    with substitutions.routed(owner, "method", lambda method, word: f"outer {method(word)}"):
+        with substitutions.routed(owner, "method", lambda method, word: f"inner {method(word)}"):
+            assert owner.method("a") == "inner method a"
+        assert owner.method("b") == "outer method b"
+    assert owner.method("c") == "method c"
+    assert vars(owner) == before
+
+
+@pytest.mark.fast
+def test_interleaved_threads_have_functions_of_their_own():
+    substitutions, owner, seen = Substitutions(), Owner(), []
+    second_is_in, first_is_out = threading.Event(), threading.Event()
+
+    def first():
+        with substitutions.routed(owner, "method", lambda method, word: "first"):
+            second.start()
+            second_is_in.wait(10)
+            seen.append(owner.method("a"))
+        seen.append(owner.method("b"))
+        first_is_out.set()
+
+    def enter_second():
+        with substitutions.routed(owner, "method", lambda method, word: "second"):
+            second_is_in.set()
+            first_is_out.wait(10)
+            seen.append(owner.method("c"))
+
+    second = threading.Thread(target=enter_second)
+    first()
+    second.join()
+    assert seen == ["first", "method b", "second"]
+    assert owner.method("d") == "method d"

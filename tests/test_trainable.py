@@ -10,17 +10,15 @@ from tests.oracle import (
     EFFECTIVE,
     EXECUTIONS,
     MICRO,
-    MODES,
-    accumulating,
+    WAYS,
     dense_model,
     difference,
+    in_way,
     mirrored,
     regression_data,
     state_of,
     updates_of,
 )
-
-KINDS = ["optimizer", *MODES]
 
 
 def _adam():
@@ -38,14 +36,11 @@ def _freeze(model, frozen):
     model.layers[0].trainable = not frozen
 
 
-def _make(kind, optimizer, frozen, **compile_with):
-    """A model of a kind, compiled, and its batch size."""
-    model, batch_size = dense_model(), EFFECTIVE
+def _make(way, optimizer, frozen, **compile_with):
+    """A model that accumulates in a way, compiled, and its batch size."""
+    model = dense_model()
     _freeze(model, frozen)
-    if kind == "optimizer":
-        optimizer, batch_size = GradientAccumulateOptimizer(optimizer, 3), MICRO
-    elif kind != "plain":
-        model, batch_size = accumulating(kind, model)
+    model, optimizer, batch_size = in_way(way, model, optimizer)
     model.compile(optimizer, "mse", **compile_with)
     return model, batch_size
 
@@ -66,12 +61,13 @@ def _large(first_frozen):
 
 
 @pytest.mark.parametrize(
-    "kind, execution", [*((kind, "graph") for kind in KINDS), ("accum_steps", "eager")]
+    "way, execution",
+    [*((way, "graph") for way in WAYS), ("accum_steps", "eager")],
+    indirect=["execution"],
 )
-def test_frozen_and_compiled_again_the_optimizer_goes_on(kind, execution):
-    execution = EXECUTIONS[execution]
+def test_frozen_and_compiled_again_the_optimizer_goes_on(way, execution):
     large = _large(first_frozen=False)
-    model, batch_size = _make(kind, _adam(), False, **execution)
+    model, batch_size = _make(way, _adam(), False, **execution)
     _fit(model, batch_size, seed=1)
     before = model.get_weights()[:2]
     _freeze(model, True)
@@ -83,19 +79,19 @@ def test_frozen_and_compiled_again_the_optimizer_goes_on(kind, execution):
 
 
 @pytest.mark.parametrize(
-    "kind, execution",
+    "way, execution",
     [
         *(("accum_steps", execution) for execution in EXECUTIONS),
-        *(("optimizer", execution) for execution in ("graph", "eager")),
+        ("optimizer", "graph"),
     ],
+    indirect=["execution"],
 )
-def test_thawed_and_compiled_again_the_optimizer_goes_on(kind, execution):
-    execution = EXECUTIONS[execution]
+def test_thawed_and_compiled_again_the_optimizer_goes_on(way, execution):
     large = _large(first_frozen=True)
-    model, batch_size = _make(kind, _adam(), True, **execution)
+    model, batch_size = _make(way, _adam(), True, **execution)
     _fit(model, batch_size, seed=1)
     _freeze(model, False)
-    if kind == "optimizer":
+    if way == "optimizer":
         model.optimizer.rebuild(model.trainable_variables)
     model.compile(model.optimizer, "mse", **execution)
     _fit(model, batch_size, seed=2)
@@ -103,11 +99,11 @@ def test_thawed_and_compiled_again_the_optimizer_goes_on(kind, execution):
     assert difference(model.get_weights(), large.get_weights()) < 1e-6
     states = [state_of(o.variables) for o in (model.optimizer.inner_optimizer, large.optimizer)]
     assert difference(*states) < 1e-6
-    fresh, batch_size = _make(kind, _adam(), True, **execution)
+    fresh, batch_size = _make(way, _adam(), True, **execution)
     _fit(fresh, batch_size, seed=1)
     _freeze(fresh, False)
     optimizer = _adam()
-    if kind == "optimizer":
+    if way == "optimizer":
         optimizer = GradientAccumulateOptimizer(optimizer, 3)
     fresh.compile(optimizer, "mse", **execution)
     _fit(fresh, batch_size, seed=2)
@@ -182,9 +178,7 @@ def test_what_is_given_a_gradient_is_trained_as_by_keras(graph):
     assert (float(a), float(b)) == (-7.0, -14.0)
 
 
-@pytest.mark.parametrize("how", ["fit", "train_on_batch"])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("frozen, how", [(False, "fit"), (True, "train_on_batch")])
 def test_without_a_new_compile_it_is_an_error(mode, frozen, how):
     model, batch_size = _make(mode, keras.optimizers.SGD(), frozen)
     _fit(model, batch_size, seed=1)

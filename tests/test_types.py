@@ -9,7 +9,7 @@ import pytest
 import gradient_accumulator_tf
 from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from gradient_accumulator_tf._arguments import BatchNormArguments, LayerArguments
-from gradient_accumulator_tf.batch_norm.swap import _TARGETS, Target
+from gradient_accumulator_tf.batch_norm.replacements import _TARGETS, Target
 
 PUBLIC = [name for name in gradient_accumulator_tf.__all__ if name != "__version__"]
 

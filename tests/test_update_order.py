@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
+from gradient_accumulator_tf import GradientAccumulateOptimizer
 from gradient_accumulator_tf.cycle.gradients import add_gradient
 from gradient_accumulator_tf.optimizers.update_order import one_by_one
-from tests.oracle import dense_model, difference, momentum_and_mse, regression_data, state_of
+from tests.oracle import (
+    ACROSS_STEPS,
+    dense_model,
+    difference,
+    in_way,
+    regression_data,
+    state_of,
+)
 
 VARIABLES, SIZE = 16, 2**18  # of a MiB each
 
@@ -135,14 +142,10 @@ def test_the_optimizer_is_left_as_it_was():
     assert [vars(o).keys() for o in (inner, multi)] == [b.keys() for b in before]
 
 
-@pytest.mark.parametrize("way", ["optimizer", "model"])
+@pytest.mark.parametrize("way", ACROSS_STEPS)
 def test_accumulators_are_made_once(way, graph_or_jit):
-    model, arguments = dense_model(), momentum_and_mse()
-    if way == "optimizer":
-        arguments["optimizer"] = GradientAccumulateOptimizer(arguments["optimizer"], 3)
-    else:
-        model = GradientAccumulateModel(model=model, accum_steps=3)
-    model.compile(**arguments, **graph_or_jit)
+    model, optimizer, _ = in_way(way, dense_model(), keras.optimizers.SGD(0.05, momentum=0.9))
+    model.compile(optimizer, "mse", **graph_or_jit)
     model.optimizer.build(model.trainable_variables)
     made = model.optimizer._accumulator.state
     x, y, _ = regression_data(48)

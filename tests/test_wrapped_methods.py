@@ -10,11 +10,10 @@ from gradient_accumulator_tf import GradientAccumulateModel
 from tests.oracle import (
     EFFECTIVE,
     KERAS,
-    MODES,
-    accumulating,
     assert_trains_as_large_batch,
     dense_model,
     difference,
+    in_way,
     mirrored,
     regression_data,
     state_of,
@@ -89,18 +88,18 @@ def large_inputs(examples=24):
 def compiled(mode, model=None, **compile_with):
     """A model in `mode`, or plain, compiled with its own defaults, and the batch size of `fit`."""
     model = tenth() if model is None else model
-    model, batch_size = (model, EFFECTIVE) if mode is None else accumulating(mode, model)
+    model, _, batch_size = in_way(mode, model)
     model.compile(**compile_with)
     return model, batch_size
 
 
-def test_what_a_model_does_in_its_own_fit_and_compile_is_done(execution):
+def test_what_a_model_does_in_its_own_fit_and_compile_is_done(graph_or_jit):
     x, y, weights = large_inputs()
     model = assert_trains_as_large_batch(
         tenth,
         x,
         y,
-        compile_with=lambda: execution,
+        compile_with=lambda: graph_or_jit,
         sample_weight=weights,
         validation_data=(x, y),
     )
@@ -118,10 +117,9 @@ def test_a_model_without_that_fit_is_another(monkeypatch):
     assert losses["does not"] > 2 * losses["divides"]
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_all_that_takes_data_goes_through_the_models_own(mode):
     x, y, _ = large_inputs(EFFECTIVE)
-    plain, _ = compiled(None)
+    plain, _ = compiled("plain")
     model, batch_size = compiled(mode)
     plain.train_on_batch(x, y)
     for i in range(0, EFFECTIVE, batch_size):
@@ -138,24 +136,25 @@ def test_all_that_takes_data_goes_through_the_models_own(mode):
     assert np.abs(model.predict(x, verbose=0) - model(x)).max() > 0.1
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_a_helper_of_the_model_trains_the_wrapper(mode):
     x, y, _ = large_inputs()
     rate, stop, losses = {}, {}, {}
-    for way in (None, mode):
+    for way in ("plain", mode):
         model, batch_size = compiled(way)
         rate[way], stop[way], losses[way] = model.fit_twice(
             x, y, batch_size=batch_size, shuffle=False, verbose=0
         )
-    assert rate[mode] == rate[None] == pytest.approx(0.05) and stop[mode] is stop[None] is False
-    np.testing.assert_allclose(losses[mode], losses[None], 1e-5)
+    assert (
+        rate[mode] == rate["plain"] == pytest.approx(0.05) and stop[mode] is stop["plain"] is False
+    )
+    np.testing.assert_allclose(losses[mode], losses["plain"], 1e-5)
     # It is the wrapper that was compiled, and the model in it was left alone.
     assert not model.model.compiled and model.model.times_compiled == 1
 
 
 def test_the_model_in_the_wrapper_can_still_be_trained_plainly():
     x, y, _ = large_inputs()
-    plain, batch_size = compiled(None)
+    plain, batch_size = compiled("plain")
     wrapped = tenth()
     GradientAccumulateModel(model=wrapped, micro_batch_size=4).compile("adam")
     wrapped.compile()
@@ -246,7 +245,6 @@ def test_classes_of_all_kinds_have_twins():
 # Attributes and calls
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_an_attribute_that_the_model_has_is_set_on_it(mode):
     model, _ = compiled(mode)
     x = np.ones((2, 5), "float32")
@@ -262,7 +260,6 @@ def test_an_attribute_that_the_model_has_is_set_on_it(mode):
     assert not hasattr(model.model, "stop_training")
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_further_arguments_reach_the_models_call(mode):
     model, _ = compiled(mode)
     x = np.ones((2, 5), "float32")
@@ -272,7 +269,7 @@ def test_further_arguments_reach_the_models_call(mode):
     with pytest.raises(TypeError, match="scales"):
         model(x, scales=2)
     # As a plain model it is built by a symbolic call, with these arguments.
-    symbolic, _ = accumulating(mode, Tenth())
+    symbolic, *_ = in_way(mode, Tenth())
     assert symbolic(keras.Input((5,)), scale=2).shape == (None, 1) and symbolic.built
     assert len(symbolic.model.weights) == 4
 
@@ -280,7 +277,6 @@ def test_further_arguments_reach_the_models_call(mode):
 # Files
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_a_model_with_its_own_compile_is_saved_whole(mode, tmp_path):
     x, y, _ = large_inputs()
     model, batch_size = compiled(mode, optimizer=keras.optimizers.Adam(0.125))
@@ -355,8 +351,16 @@ def watched(cls=Watched):
     return model
 
 
-@pytest.mark.parametrize("cls", [Watched, Relisted])
-def test_metrics_of_the_model_are_in_the_logs_and_reset(graph_or_jit, cls):
+@pytest.mark.parametrize(
+    "cls, execution",
+    [
+        pytest.param(Watched, "graph", marks=pytest.mark.fast),
+        (Watched, "jit"),
+        (Relisted, "graph"),
+    ],
+    indirect=["execution"],
+)
+def test_metrics_of_the_model_are_in_the_logs_and_reset(execution, cls):
     x, y, _ = regression_data(24)
     model = assert_trains_as_large_batch(
         lambda: watched(cls),
@@ -365,7 +369,7 @@ def test_metrics_of_the_model_are_in_the_logs_and_reset(graph_or_jit, cls):
         compile_with=lambda: {
             "optimizer": keras.optimizers.SGD(0.05),
             "loss": "mse",
-            **graph_or_jit,
+            **execution,
         },
         epochs=3,
         validation_data=(x[:8], y[:8]),
@@ -379,17 +383,16 @@ def test_metrics_of_the_model_are_in_the_logs_and_reset(graph_or_jit, cls):
 
 def test_partial_micro_batches_count_for_what_they_hold_where_a_metric_adds_up():
     x, y, _ = regression_data(10)
-    model, _ = accumulating("micro_batch_size", watched())
+    model, *_ = in_way("micro_batch_size", watched())
     model.compile("sgd", "mse")
     history = model.fit(x, y, batch_size=10, verbose=0).history
     np.testing.assert_allclose(history["total"][0], x.sum(), 1e-5)
     np.testing.assert_allclose(history["seen"][0], x.mean(), 1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_early_stopping_sees_a_metric_of_the_model(mode):
     x, y, _ = regression_data(12)
-    model, batch_size = accumulating(mode, watched())
+    model, _, batch_size = in_way(mode, watched())
     model.compile("sgd", "mse")
     stop = keras.callbacks.EarlyStopping(monitor="seen", mode="min", patience=1)
     history = model.fit(x, y, batch_size=batch_size, epochs=5, callbacks=[stop], verbose=0).history
@@ -409,14 +412,13 @@ def test_metrics_of_the_wrapper_stand_beside_those_of_the_model():
 
 
 @pytest.mark.skipif(KERAS < (3, 10), reason="metrics in a loop on replicas need Keras 3.10")
-@pytest.mark.parametrize("mode", MODES)
 def test_metrics_of_the_model_on_two_replicas(mode):
     x, y, _ = regression_data(24)
     expected = watched()
     expected.compile("sgd", "mse")
     history = expected.fit(x, y, batch_size=24, shuffle=False, verbose=0).history
     with mirrored().scope():
-        model, batch_size = accumulating(mode, watched())
+        model, _, batch_size = in_way(mode, watched())
         model.compile("sgd", "mse")
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(2 * batch_size)
     logs = model.fit(data, verbose=0).history

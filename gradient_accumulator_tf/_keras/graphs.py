@@ -17,6 +17,20 @@ def is_functional(model):
     return isinstance(model, (Functional, keras.Sequential))
 
 
+def has_graph(model):
+    """Whether a functional or Sequential model is a graph of layers by now.
+
+    `Sequential._functional`. Keras makes no graph of a Sequential model before it is built, nor if
+    its inputs are nested or a layer of it raises NotImplementedError for symbolic tensors. Such a
+    model is built all the same, and calls its layers one after the other.
+    """
+    return is_functional(model) and _functional(model) is not None
+
+
+def _functional(model):
+    return model._functional if isinstance(model, keras.Sequential) else model
+
+
 def own_attributes(model, plain):
     """Dict of the attributes that a functional model has and a plain one has not.
 
@@ -53,6 +67,11 @@ def become(model, cls, attributes, layers):
 
 
 def is_plain_functional(layer):
+    """Whether a layer is a graph of layers that Keras's own `call` runs."""
+    return has_graph(layer) and has_plain_call(layer)
+
+
+def has_plain_call(layer):
     """Whether a layer is a functional or Sequential model with Keras's own `call`.
 
     `keras.src.models.functional.Functional`.
@@ -95,12 +114,12 @@ class Graph(NamedTuple):
 
 
 def graph_of(model):
-    """The `Graph` of a built functional or Sequential model.
+    """The `Graph` of a functional or Sequential model that has one.
 
     `Function._nodes_by_depth`, `Node.arguments.fill_in` and `Sequential._functional`, with which
     Keras itself runs such models. `fill_in` takes a dict of tensors by `id`.
     """
-    functional = model._functional if isinstance(model, keras.Sequential) else model
+    functional = _functional(model)
     nodes = [
         GraphNode(
             node.operation,
@@ -121,8 +140,7 @@ def standardized_inputs(model, inputs):
 
     `Functional._standardize_inputs`, the first step of its `call`.
     """
-    functional = model._functional if isinstance(model, keras.Sequential) else model
-    return functional._standardize_inputs(inputs)
+    return _functional(model)._standardize_inputs(inputs)
 
 
 def packed_outputs(model, outputs):
@@ -136,8 +154,8 @@ def packed_outputs(model, outputs):
     """
     from keras.src.models.functional import unpack_singleton
 
-    functional = model._functional if isinstance(model, keras.Sequential) else model
-    return unpack_singleton(keras.tree.pack_sequence_as(functional._outputs_struct, outputs))
+    structure = _functional(model)._outputs_struct
+    return unpack_singleton(keras.tree.pack_sequence_as(structure, outputs))
 
 
 def held_layers(layer):

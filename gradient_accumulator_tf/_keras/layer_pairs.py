@@ -3,9 +3,9 @@
 import keras
 
 from gradient_accumulator_tf._keras.graphs import (
+    has_plain_call,
     held_layers_by_path,
     is_functional,
-    is_plain_functional,
 )
 from gradient_accumulator_tf._keras.layers import sublayers
 
@@ -76,7 +76,7 @@ def paired_variables(layers):
 
 def _are_plain_graphs(*layers):
     """Whether layers are graphs with Keras's own `call`, of whatever class."""
-    return all(map(is_plain_functional, layers))
+    return all(map(has_plain_call, layers))
 
 
 def _build_like(old, new):

@@ -6,9 +6,9 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf._keras.graphs import (
+    has_plain_call,
     held_layers_by_path,
     is_functional,
-    is_plain_functional,
 )
 from gradient_accumulator_tf._keras.layer_pairs import paired_layers, paired_variables
 from gradient_accumulator_tf._keras.layers import all_layers
@@ -154,6 +154,6 @@ def _clone(model, copies):
 
 def _trains_as_its_graph(model):
     """Whether a functional model's class has no methods of its own that training calls."""
-    return is_plain_functional(model) and all(
+    return has_plain_call(model) and all(
         getattr(type(model), name) is getattr(keras.Model, name) for name in _TRAINING_METHODS
     )

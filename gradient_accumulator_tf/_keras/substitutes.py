@@ -4,8 +4,10 @@ These are the changes that last no longer than a training step, or its trace. Th
 in `patches`.
 """
 
+import collections
 import contextlib
 import functools
+import threading
 
 import keras
 import tensorflow as tf
@@ -19,10 +21,12 @@ from gradient_accumulator_tf._keras.substitutions import SUBSTITUTIONS
 
 @contextlib.contextmanager
 def replaced_losses(model, replace):
-    """Puts `replace(loss)` in place of each of the model's compiled losses.
+    """Puts `replace(loss)` in place of each of the model's compiled losses, on this thread.
 
-    `CompileLoss._flat_losses` and `_metrics`. Keras keeps a metric per output, which shall get the
-    loss of the effective batch and not of a micro-batch. So they record nothing meanwhile.
+    `CompileLoss.call`, `_flat_losses` and `_metrics`. Keras keeps a metric per output, which shall
+    get the loss of the effective batch and not of a micro-batch. So they record nothing meanwhile.
+    The losses are replaced in a copy of the `CompileLoss`, because all replicas have one: where a
+    loss sums over replicas, each of them is within this context while another one runs.
 
     Args:
         model: A compiled model that is built for training.
@@ -35,19 +39,22 @@ def replaced_losses(model, replace):
     if compiled is None or compiled._flat_losses is None:
         yield 0
         return
-    losses, metrics = compiled._flat_losses, list(compiled._metrics)
-    compiled._flat_losses = [entry._replace(loss=replace(entry.loss)) for entry in losses]
-    compiled._metrics[:] = [_SilentMetric() for _ in metrics]
-    try:
-        yield len(losses)
-    finally:
-        compiled._flat_losses = losses
-        compiled._metrics[:] = metrics
+
+    def call(method, *args, **kwargs):
+        del method
+        copy = object.__new__(type(compiled))
+        vars(copy).update(vars(compiled))
+        copy._flat_losses = [e._replace(loss=replace(e.loss)) for e in compiled._flat_losses]
+        copy._metrics = [_SilentMetric() for _ in compiled._metrics]
+        return type(compiled).call(copy, *args, **kwargs)
+
+    with SUBSTITUTIONS.routed(compiled, "call", call):
+        yield len(compiled._flat_losses)
 
 
 @contextlib.contextmanager
 def replaced_added_losses(model, replace):
-    """Puts `replace(loss, value)` in place of the value that Keras makes of an `add_loss`.
+    """Puts `replace(loss, value)` in place of what Keras makes of an `add_loss`, on this thread.
 
     `Trainer._aggregate_additional_loss` and `Layer._get_own_losses`. Losses of regularisers of
     weights are left alone. They are in `model.losses` too, and may have a rank as well.
@@ -57,20 +64,72 @@ def replaced_added_losses(model, replace):
         replace: Function that takes the tensor given to `add_loss`, of rank 1 or more, and the
             scalar that Keras would add to the total. It returns the scalar to add instead.
     """
-    aggregate = model._aggregate_additional_loss
 
-    def replaced(loss):
+    def replaced(aggregate, loss):
         value = aggregate(loss)
         if loss.shape.rank == 0:
             return value
         added = any(loss is own for layer in all_layers(model) for own in layer._get_own_losses())
         return replace(loss, value) if added else value
 
-    vars(model)["_aggregate_additional_loss"] = replaced
+    with SUBSTITUTIONS.routed(model, "_aggregate_additional_loss", replaced):
+        yield
+
+
+class _ListOfEachThread(threading.local, collections.UserList):
+    """A list that has other items on each thread."""
+
+    def __getitem__(self, key):
+        return self.data[key]  # a slice is a plain list
+
+
+@contextlib.contextmanager
+def added_losses_of_each_replica(model):
+    """Within this context each replica has the losses that `add_loss` got on it, and no others.
+
+    `Layer._losses`. Keras empties these lists when it calls the model. All replicas have one list,
+    so a replica that waits in the call for another one, in a synchronised batch norm or loss, would
+    lose its own losses and add the other's. Each replica's thread enters.
+    """
+    with contextlib.ExitStack() as stack:
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            for layer in all_layers(model):
+                stack.enter_context(
+                    SUBSTITUTIONS.replaced(layer, "_losses", lambda _: _ListOfEachThread())
+                )
+        yield
+
+
+@contextlib.contextmanager
+def replaced_updates(metrics, replace):
+    """Puts `replace(metric, update_state)` in place of the `update_state` of each metric.
+
+    Args:
+        metrics: List of `keras.Metric`.
+        replace: Function that takes a metric and its method, and returns the function to call.
+    """
+    metrics = list(dict.fromkeys(metrics))  # one may have been given twice
+    # In the object's own `__dict__`, where Keras's `__setattr__` tracks nothing.
+    for metric in metrics:
+        vars(metric)["update_state"] = replace(metric, metric.update_state)
     try:
         yield
     finally:
-        del vars(model)["_aggregate_additional_loss"]
+        for metric in metrics:
+            del vars(metric)["update_state"]
+
+
+@contextlib.contextmanager
+def compiled_without(model, *names):
+    """Within this context a model is one that was compiled without these parts.
+
+    `Trainer.optimizer`, `_compile_loss`, `_compile_metrics`. What builds a model for its training
+    (`build_for_training`) also makes the slots of the optimizer, which nothing but training needs.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(SUBSTITUTIONS.replaced(model, name, lambda _: None))
+        yield
 
 
 @contextlib.contextmanager

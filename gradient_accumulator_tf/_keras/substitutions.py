@@ -1,4 +1,4 @@
-"""One value in place of an attribute, for as long as any block needs it."""
+"""Another value or function in place of an attribute, for as long as any block needs it."""
 
 import contextlib
 import threading
@@ -14,6 +14,13 @@ class _Entry:
         self.owner, self.blocks, self.original = owner, 0, _MISSING
 
 
+class _OnThisThread(threading.local):
+    """The functions of the blocks that this thread is in, by object and attribute."""
+
+    def __init__(self):
+        self.functions = {}
+
+
 class Substitutions:
     """Counts the blocks that replace an attribute, for each object and attribute.
 
@@ -26,6 +33,7 @@ class Substitutions:
 
     def __init__(self):
         self._entries, self._lock = {}, threading.Lock()
+        self._here = _OnThisThread()
 
     @contextlib.contextmanager
     def replaced(self, owner, name, make):
@@ -57,6 +65,39 @@ class Substitutions:
                         del vars(owner)[name]
                     else:
                         vars(owner)[name] = entry.original
+
+    @contextlib.contextmanager
+    def routed(self, owner, name, function):
+        """Within this context a method of an object calls a function, on this thread.
+
+        Blocks on other threads have functions of their own, and a thread in no block calls the
+        method. So a replica that waits within its block for another one keeps its own function.
+
+        Args:
+            owner: The object.
+            name: The method.
+            function: Function that takes the method, then the arguments of a call.
+        """
+        key, here = (id(owner), name), self._here
+
+        def make(method):
+            def route(*args, **kwargs):
+                function = here.functions.get(key)
+                if function is None:
+                    return method(*args, **kwargs)
+                return function(method, *args, **kwargs)
+
+            return route
+
+        with self.replaced(owner, name, make):
+            outer = here.functions.get(key)
+            here.functions[key] = function
+            try:
+                yield
+            finally:
+                del here.functions[key]
+                if outer is not None:
+                    here.functions[key] = outer
 
 
 # One table for all: blocks around the same attribute must meet.

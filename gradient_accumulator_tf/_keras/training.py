@@ -1,5 +1,6 @@
 """What Keras keeps private of a model's training: its arguments, losses, logs and backups."""
 
+import functools
 import inspect
 import os
 
@@ -60,12 +61,14 @@ def compile_arguments(model):
     return {name: value for name, value in config.items() if "metrics" not in name}
 
 
-def compute_loss(model, x, y, y_pred, sample_weight):
-    """`model.compute_loss` for training, whether or not an override takes `training`.
+def compute_loss(model, x, y, y_pred, sample_weight, training=True):
+    """`model.compute_loss`, whether or not an override takes `training`.
 
-    `Trainer._compute_loss`, which Keras's own `train_step` calls.
+    `Trainer._compute_loss`, which Keras's own `train_step` and `test_step` call.
     """
-    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+    return model._compute_loss(
+        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
+    )
 
 
 def track_loss(model, loss, batch_size):
@@ -90,9 +93,44 @@ def clear_added_losses(model):
     model._clear_losses()
 
 
+def added_losses(model):
+    """List of what the layers of a model have given to `add_loss`: `Layer._get_own_losses`.
+
+    `model.losses` has the regularisers of weights too.
+    """
+    return [loss for layer in model._flatten_layers() for loss in layer._get_own_losses()]
+
+
 def per_output_loss_metrics(model):
     """List of the metrics of single outputs' losses, in the order of the losses. May be empty."""
     return [] if model._compile_loss is None else list(model._compile_loss._metrics)
+
+
+def compiled_metrics(model):
+    """List of the metrics that `compile` was given, once they are built.
+
+    `Trainer._compile_metrics`. `model.metrics` has others as well.
+    """
+    return [] if model._compile_metrics is None else list(model._compile_metrics.metrics)
+
+
+def update_compiled_metrics(model, y, y_pred, sample_weight):
+    """Updates the metrics that `compile` was given, and computes no results.
+
+    `Trainer._compile_metrics`. `model.compute_metrics` computes the results of all metrics too.
+    """
+    if model._compile_metrics is not None:
+        model._compile_metrics.update_state(y, y_pred, sample_weight)
+
+
+def metric_function(metric):
+    """The function of `(y_true, y_pred)` that a metric takes the mean of; None if it has none.
+
+    `MeanMetricWrapper._fn` and `_fn_kwargs`.
+    """
+    if not isinstance(metric, keras.metrics.MeanMetricWrapper):
+        return None
+    return functools.partial(metric._fn, **metric._fn_kwargs)
 
 
 def use_backup_folder(callback, folder):

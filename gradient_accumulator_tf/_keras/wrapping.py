@@ -1,6 +1,6 @@
 """Private questions of Keras and TensorFlow that a model wrapper answers for the model in it."""
 
-from gradient_accumulator_tf._keras.graphs import is_functional
+from gradient_accumulator_tf._keras.graphs import has_graph
 
 
 class AnswersForModel:
@@ -19,7 +19,7 @@ class AnswersForModel:
         model = vars(self).get("model")
         if model is None:
             return vars(self).get("_build_shapes_dict")
-        if model.built and is_functional(model):
+        if has_graph(model):
             return {"input_shape": model.input_shape}
         return model._build_shapes_dict
 

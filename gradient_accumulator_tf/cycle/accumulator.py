@@ -311,8 +311,8 @@ class GradientAccumulator(tf.Module):
         if not present:
             raise ValueError(
                 "At least one gradient must not be None. Received: None for every one of "
-                f"{len(self._shapes)} variables. Does the loss depend on these variables, and "
-                "was it computed inside the `tf.GradientTape`?"
+                f"{len(self._shapes)} variables. Compute the loss from these variables, within "
+                "the `tf.GradientTape`."
             )
         self.ever_received.update(present)
         self.make_groups(len(contributions))

@@ -1,8 +1,9 @@
-"""What a batch is: how many examples it has, and which of its tensors hold one row for each.
+"""A batch: its number of examples, and the tensors that hold one row for each example.
 
-Within a step only such tensors are cut into micro-batches. Others belong to every example, and each
-micro-batch gets them whole: scalars, targets and weights of one row, and what the user declares.
-Any other tensor is refused, since nobody knows which of its rows belong to which example.
+Within a step such a tensor is cut into micro-batches. Some tensors belong to every example, and
+each micro-batch gets them whole: scalars, targets and weights of one row, and the inputs that the
+user names in `shared_inputs`. Any other tensor is refused, since nobody knows which of its rows
+belong to which example.
 """
 
 import json
@@ -38,16 +39,23 @@ def check_shared_inputs(value):
     )
     received = f"Received: shared_inputs={value!r}"
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{rule} {received} (of type {type(value).__name__}).")
+        kind = type(value).__name__
+        raise TypeError(f"{rule} {received} (of type {kind}). Pass a list of these.")
     entries = []
     for entry in value:
         path = tuple(entry) if isinstance(entry, (list, tuple)) else (entry,)
         for key in path:
             if isinstance(key, bool) or not isinstance(key, (str, numbers.Integral)):
-                raise TypeError(f"{rule} {received}, with {key!r} (of type {type(key).__name__}).")
+                kind = type(key).__name__
+                raise TypeError(
+                    f"{rule} {received}, with {key!r} (of type {kind}). Pass an integer for a list "
+                    "or tuple, and a string for a dict."
+                )
         path = tuple(key if isinstance(key, str) else int(key) for key in path)
-        if not path or any(isinstance(key, int) and key < 0 for key in path):
-            raise ValueError(f"{rule} {received}, with {entry!r}. Count from 0.")
+        if not path:
+            raise ValueError(f"{rule} {received}, with {entry!r}. Leave the empty one out.")
+        if any(isinstance(key, int) and key < 0 for key in path):
+            raise ValueError(f"{rule} {received}, with {entry!r}. Count positions from 0.")
         entries.append(path if len(path) > 1 else path[0])
     return tuple(entries)
 
@@ -61,7 +69,7 @@ def batch_size(data, shared_inputs=()):
 
     Raises:
         ValueError: If there is no tensor with a row for each example, or if `shared_inputs`
-            names what is not there.
+            names an input that the batch does not have.
     """
     return _rows(_first_of_rows(data, _leaves(data, shared_inputs)).tensor)
 
@@ -72,8 +80,8 @@ class Batch:
     Args:
         data: Nested structure of dense, ragged or sparse tensors and None.
         examples: int or int32 scalar, the rows of a tensor that is cut.
-        whole: True, False or a bool scalar for each of them, in the same structure: whether it
-            belongs to every example.
+        whole: True, False or a bool scalar for each tensor, in the structure of `data`: whether
+            the tensor belongs to every example.
 
     Attributes:
         data: The nested tensors.
@@ -85,16 +93,17 @@ class Batch:
 
     @classmethod
     def of(cls, data, shared_inputs=()):
-        """The batch of what a dataset yields, once its sizes are known to fit each other.
+        """The batch of the data that a dataset yields. The rows of its tensors are checked.
 
-        Where sizes are not static, an assertion tests them in each step.
+        If they are not static, an assertion checks them in each step.
 
         Args:
             data: Tuple `(x, y, sample_weight)`, nested, or the first of these.
             shared_inputs: Result of `check_shared_inputs`.
 
         Raises:
-            ValueError: As for `batch_size`, or if a tensor has another number of rows.
+            ValueError: As for `batch_size`, or if a tensor has neither one row nor one for each
+                example.
         """
         leaves = _leaves(data, shared_inputs)
         first = _first_of_rows(data, leaves)
@@ -129,13 +138,13 @@ class Batch:
         )
 
     def times_weighed(self, micro_batch_size):
-        """How many micro-batches the weights of an example are in, on an average replica.
+        """The number of micro-batches that get the weights of an example, on an average replica.
 
         Args:
             micro_batch_size: Examples in a micro-batch.
 
         Returns:
-            Float64 scalars nested like `sample_weight`; None if each is in one.
+            Float64 scalars nested like `sample_weight`; None if one micro-batch gets each of them.
         """
         flags = self._whole[2]
         pairs = zip(tf.nest.flatten(self.data[2]), tf.nest.flatten(flags), strict=True)
@@ -147,7 +156,7 @@ class Batch:
 
 
 def by_identity(structure, values):
-    """Dict of values by the `id` of the tensors in a structure like theirs."""
+    """Dict of `values` by the `id` of the tensors in `structure`, which is nested alike."""
     return dict(zip(map(id, tf.nest.flatten(structure)), tf.nest.flatten(values), strict=True))
 
 
@@ -185,7 +194,7 @@ def _leaves(data, shared_inputs):
 
 
 def _first_of_rows(data, leaves):
-    """The leaf that tells the number of examples."""
+    """The first leaf that has a row for each example."""
     for leaf in leaves:
         if leaf.counts:
             return leaf
@@ -207,7 +216,7 @@ def _rows(tensor):
 
 
 def _shape(tensor):
-    """What is known of a shape at run time: int32 vector; of ragged tensors, the rows."""
+    """The shape at run time, an int32 vector; for a ragged tensor only the rows."""
     if isinstance(tensor, tf.RaggedTensor):
         return tensor.nrows(tf.int32)[tf.newaxis]
     if isinstance(tensor, tf.SparseTensor):
@@ -216,10 +225,10 @@ def _shape(tensor):
 
 
 def _checked(leaf, first, examples):
-    """The tensor of a leaf whose rows fit, and whether it belongs to every example.
+    """The tensor of a leaf, its rows checked, and whether it belongs to every example.
 
     Raises:
-        ValueError: If they do not fit.
+        ValueError: If it has neither one row nor one for each example.
     """
     rule = (
         "Within a step, each tensor of a batch must have one row for each example, or one row for "
@@ -228,8 +237,8 @@ def _checked(leaf, first, examples):
     remedy = (
         "If it belongs to every example (a graph, a bank), name it in `shared_inputs`."
         if leaf.path[0] == 0
-        else "Give it one row for each example. Of several rows for each example make one, by a "
-        "reshape to (examples, rows, ...)."
+        else "Give it one row for each example. If it has several for each, reshape it to "
+        "(examples, rows, ...)."
     )
     rows = _static_rows(leaf.tensor)
     if rows is not None and isinstance(examples, int):
@@ -255,10 +264,10 @@ def _checked(leaf, first, examples):
 
 
 def checked_targets(y_true, y_pred, examples):
-    """The targets, unless they and a model's outputs are one row for several examples.
+    """The targets, unless both the targets and a model's outputs are one row for several examples.
 
-    Targets of one row are for all examples, where the model has a row of outputs for each. A
-    model that has one row for all looks across the examples.
+    Targets of one row belong to all examples, if the model has a row of outputs for each example. A
+    model that has one row of outputs for all examples looks across them.
 
     Args:
         y_true: Targets of one output, of a micro-batch.
@@ -293,7 +302,7 @@ def checked_targets(y_true, y_pred, examples):
 
 
 def with_rows(tensor, rows, received, name):
-    """The tensor, once it is known at run time to have `rows` rows.
+    """The tensor, after a check at run time that it has `rows` rows.
 
     Args:
         tensor: Dense, ragged or sparse tensor.
@@ -302,8 +311,8 @@ def with_rows(tensor, rows, received, name):
         name: The same in few words, for XLA.
     """
     if _keras.compiles_with_xla() and isinstance(tensor, tf.Tensor):
-        # XLA leaves assertions out, but knows all sizes: it refuses to compile a reshape that
-        # changes them, and names it in its error.
+        # XLA leaves assertions out, but knows all sizes. It refuses to compile a reshape that
+        # changes a size, and its error has the name of the reshape.
         shape = tf.concat([[rows], tf.shape(tensor)[1:]], 0)
         checked = tf.reshape(tensor, shape, name=operation_name(name))
         return tf.ensure_shape(checked, tensor.shape)

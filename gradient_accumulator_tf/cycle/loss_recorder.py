@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._keras.substitutions import SUBSTITUTIONS
 from gradient_accumulator_tf.cycle.batches import checked_targets
 from gradient_accumulator_tf.cycle.losses import Term
 from gradient_accumulator_tf.replicated.replicas import undo_averaging
@@ -165,13 +166,10 @@ def call_and_keep_values(loss, y_true, y_pred, sample_weight):
     """The loss, and the unreduced values that its `call` returned (None if it has no `call`)."""
     kept = []
 
-    def call(*args, **kwargs):
-        kept.append(type(loss).call(loss, *args, **kwargs))
+    def call(method, *args, **kwargs):
+        kept.append(method(*args, **kwargs))
         return kept[-1]
 
-    loss.call = call
-    try:
+    with SUBSTITUTIONS.routed(loss, "call", call):
         value = loss(y_true, y_pred, sample_weight)
-    finally:
-        del loss.call
     return value, kept[0] if kept else None

@@ -63,15 +63,25 @@ def sum_over_micro_batches(step, batch, micro_batch_size, zeros, add, kept=()):
         The sum, a list of `Kept`, and the third result of the last micro-batch.
     """
     job = _Sum(step, batch, micro_batch_size, zeros, add, kept)
-    examples = batch.examples
-    if tf.executing_eagerly():
-        examples = int(examples)  # of ragged tensors it is a tensor
-        return (_in_one_piece if examples <= micro_batch_size else _one_by_one)(job, examples)
-    if isinstance(examples, int) and examples <= micro_batch_size:
+    examples = _known(batch.examples)
+    if is_one_micro_batch(batch, micro_batch_size):
         return _in_one_piece(job, examples)
+    if tf.executing_eagerly():
+        return _one_by_one(job, examples)
     if isinstance(examples, int) and examples % micro_batch_size == 0:
         return _even_loop(job, examples)
     return (_loop_and_rest if _keras.compiles_with_xla() else _uneven_loop)(job, examples)
+
+
+def is_one_micro_batch(batch, micro_batch_size):
+    """Whether a batch is known to have no more examples than a micro-batch."""
+    examples = _known(batch.examples)
+    return isinstance(examples, int) and examples <= micro_batch_size
+
+
+def _known(examples):
+    """A batch's number of examples, an int if it can be known."""
+    return int(examples) if tf.executing_eagerly() else examples  # of ragged tensors: a tensor
 
 
 def _in_one_piece(job, examples):

@@ -1,4 +1,4 @@
-"""How many micro-batches an update takes, as a function of the update."""
+"""Schedules of `accum_steps`: the micro-batches of an update as a function of the update."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf._checks import LARGEST_INT, check_steps
+from gradient_accumulator_tf._checks import LARGEST_INT, check_positive_int, check_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 # What the argument `accum_steps` takes, for type checkers.
 AccumSteps = int | Mapping[int, int] | Callable[[Any], Any]
 
-# A schedule is asked for these updates when it is made: mistakes show before the training.
+# A schedule is called for these updates when it is given, so that mistakes show before training.
 _PROBED_UPDATES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
 class AccumStepsSchedule:
     """Base class of schedules of `accum_steps`, as `LearningRateSchedule` is of learning rates.
 
-    A subclass computes the micro-batches that an update takes from the number of updates before
-    it. `__call__` is traced into the training step, so it is to be written with `keras.ops` or
-    TensorFlow; a plain `if` on the update becomes a conditional. Give it a `get_config` and
-    register it, and it is saved with the optimizer and the model.
+    A subclass computes the micro-batches of an update from the number of updates before it.
+    `__call__` is traced into the training step, so write it with `keras.ops` or TensorFlow. A plain
+    `if` on the update becomes a conditional. Optimizer and model save the schedule with them, if it
+    has a `get_config` and is registered.
 
     ```python
     @keras.saving.register_keras_serializable(package="my_package")
@@ -46,7 +46,7 @@ class AccumStepsSchedule:
     """
 
     def __call__(self, update: Any) -> Any:
-        """Micro-batches that an update takes.
+        """Returns the micro-batches of an update.
 
         Args:
             update: int64 scalar tensor, the number of updates before it.
@@ -74,9 +74,9 @@ class AccumStepsSchedule:
 
 @keras.saving.register_keras_serializable(package="gradient_accumulator_tf")
 class PiecewiseConstantSteps(AccumStepsSchedule):
-    """`accum_steps` that stays the same between some updates.
+    """A schedule of phases, each with an `accum_steps` of its own.
 
-    `accum_steps={0: 1, 1000: 4}` is short for it.
+    `accum_steps={0: 1, 1000: 4}` is short for such a schedule.
 
     ```python
     steps = PiecewiseConstantSteps({0: 1, 1000: 4, 5000: 16})
@@ -84,12 +84,12 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
     ```
 
     Args:
-        steps: Dict of the steps (integer >= 1) by the update that they begin with (integer >= 0),
-            in any order. It must say what update 0 takes.
+        steps: Dict of a phase's steps (integer >= 1) by its first update (integer >= 0), in any
+            order. One phase must begin with update 0.
 
     Raises:
         TypeError: If `steps` is not a dict, or a key or value is not an integer.
-        ValueError: If an update is negative, a number of steps < 1, or update 0 missing.
+        ValueError: If an update is negative, a number of steps < 1, or update 0 is missing.
     """
 
     def __init__(self, steps: Mapping[int, int]) -> None:
@@ -127,13 +127,17 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
             raise ValueError(
                 f"{rule}. Received: the update {max(steps)}. Pass at most {LARGEST_INT}."
             )
-        self.steps = {
-            int(update): check_steps(steps[update], f"from update {update}")
-            for update in sorted(steps)
-        }
+        self.steps = {int(update): _steps_from(update, steps) for update in sorted(steps)}
 
     def __call__(self, update: Any) -> Any:
-        """Steps of the phase that an update is in; see the base class."""
+        """Returns the steps of the phase that an update is in.
+
+        Args:
+            update: int64 scalar tensor, the number of updates before it.
+
+        Returns:
+            int64 scalar tensor.
+        """
         begun = tf.cast(update, tf.int64) >= tf.constant(list(self.steps), tf.int64)
         phase = tf.reduce_sum(tf.cast(begun, tf.int32)) - 1
         return tf.gather(tf.constant(list(self.steps.values()), tf.int64), phase)
@@ -144,6 +148,16 @@ class PiecewiseConstantSteps(AccumStepsSchedule):
     def get_config(self) -> dict[str, Any]:
         """The phases, as pairs."""
         return {"steps": [list(phase) for phase in self.steps.items()]}
+
+
+def _steps_from(update, steps):
+    """The steps of the phase that begins with `update`, checked."""
+    return check_positive_int(
+        f"accum_steps[{update}]",
+        steps[update],
+        f"micro-batches per update, from update {update} on",
+        f"Pass {{{update}: 1}} for a phase without accumulation.",
+    )
 
 
 def _hashable(update):
@@ -160,7 +174,7 @@ def check_accum_steps(value, meaning):
     Raises:
         TypeError: If it is of another type, or a callable that does not return an integer or
             cannot be traced.
-        ValueError: If it is, or returns, something smaller than 1.
+        ValueError: If it is smaller than 1, or returns a number smaller than 1.
     """
     if isinstance(value, Mapping):
         return PiecewiseConstantSteps(value)
@@ -197,9 +211,9 @@ def check_accum_steps(value, meaning):
 
 
 def traced(schedule):
-    """A function of an int64 scalar that returns what `schedule` does, as a tensor.
+    """A `tf.function` of an int64 scalar that returns the schedule's result as a tensor.
 
-    The same in a loop, in a graph and under XLA: traced once, with AutoGraph.
+    AutoGraph traces the schedule once. So it does the same in a loop, in a graph and under XLA.
     """
     return tf.function(
         lambda update: tf.convert_to_tensor(schedule(update)),
@@ -208,7 +222,7 @@ def traced(schedule):
 
 
 def serialize_accum_steps(value):
-    """An int (or None) as it is, a schedule as Keras's config of it."""
+    """Returns an int or None as it is, and a schedule as its Keras config."""
     return (
         value
         if value is None or isinstance(value, int)
@@ -224,7 +238,7 @@ def deserialize_accum_steps(config, custom_objects=None):
 
 
 def same_accum_steps(a, b):
-    """Whether two values that `check_accum_steps` returned say the same."""
+    """Whether two values that `check_accum_steps` returned are the same number or schedule."""
     if a is b or a == b:
         return True
     schedules = isinstance(a, AccumStepsSchedule) and type(a) is type(b)

@@ -51,7 +51,10 @@ def checked_weight(weight, finite=True):
             f"{rule} Received: weight={weight!r} (of shape {value.shape}). Pass their sum, "
             "tf.reduce_sum(weight), if these are the weights of examples."
         )
-    remedy = "Pass 0 for one that does not count."
+    remedy = (
+        "Pass what its loss was divided by, such as weight=len(x_batch), or 0 for one that does "
+        "not count."
+    )
     known = tf.get_static_value(value)
     value = tf.reshape(tf.cast(value, tf.float64), ())
     if known is not None:

@@ -8,14 +8,34 @@ from gradient_accumulator_tf.batch_norm.kinds import is_like_batch_norm
 from gradient_accumulator_tf.equivalence.evidence import Evidence
 from gradient_accumulator_tf.equivalence.report import Cause
 
+_COUPLED = (
+    "GradientAccumulateModel(micro_batch_size=..., coupled_loss=True), which computes the loss "
+    "over the outputs of the whole effective batch"
+)
+
 
 def causes_of(evidence: Evidence) -> tuple[Cause, ...]:
     """The causes that the evidence shows, or that nothing known is the cause."""
     wrong_reduction = _wrong_reduction(evidence)
     if wrong_reduction is not None:
         return (wrong_reduction,)  # it was tried, and explains all
-    found = (detect(evidence) for detect in DETECTORS)
-    return tuple(cause for cause in found if cause is not None) or (_UNKNOWN,)
+    found = [cause for detect in DETECTORS if (cause := detect(evidence)) is not None]
+    # Repeated rows were added first in what it is compared with, so they leave nothing unexplained.
+    rows = [repeated_rows(evidence.repeated_rows)] if evidence.repeated_rows else []
+    return tuple([*(found or [_UNKNOWN]), *(rows if evidence.repeats else [])])
+
+
+def repeated_rows(paths: tuple[str, ...]) -> Cause:
+    """The cause that the plain large batch differs from one whose repeated rows are added first."""
+    return Cause(
+        "repeated_rows",
+        paths,
+        "has a gradient with a row for each use of an index (tf.IndexedSlices). On the large batch "
+        "Keras's optimizer, or its clipping, takes the rows of one index one by one, and adds them "
+        "afterwards. Accumulation adds them first, as the gradient of the loss is, so it was "
+        "compared with a large batch that does so too. Nothing has to be done. To train a "
+        "large batch in this way, put it into GradientAccumulateModel(micro_batch_size=2**31 - 1).",
+    )
 
 
 def _wrong_reduction(evidence: Evidence) -> Cause | None:
@@ -183,36 +203,52 @@ def _loss_of_own_step(evidence: Evidence) -> Cause | None:
         (),
         "if the loss divides by something else than the examples (the sum of a mask), pass that as "
         "`weight=` to `optimizer.apply`, or use GradientAccumulateModel. If it looks across the "
-        "examples (a contrastive loss), the mean over micro-batches is another one: train it on "
-        "the large batch, in less memory with GradientCheckpoint.",
+        "examples (a contrastive loss), the mean over micro-batches is another one: compute it in "
+        f"`compute_loss` instead of a `train_step`, in a {_COUPLED}; or train it on the large "
+        "batch, in less memory with GradientCheckpoint.",
     )
 
 
 def _own_compute_loss(evidence: Evidence) -> Cause | None:
-    if evidence.way.calls_optimizer or not evidence.has_own_loss:
+    own = evidence.has_own_loss and not evidence.couples_losses
+    if evidence.way.calls_optimizer or not own:
         return None
     return Cause(
         "loss",
         (),
         "`compute_loss` is the model's own, and counts for the examples of a micro-batch. If "
         "it divides by something else, such as the sum of a mask, override "
-        "`micro_batch_weight` to return that.",
+        "`micro_batch_weight` to return that. If it looks across the examples, use "
+        f"{_COUPLED}.",
     )
 
 
 def _whole_losses(evidence: Evidence) -> Cause | None:
-    own = evidence.way.calls_optimizer or evidence.has_own_loss
-    if own or not evidence.whole_losses:
+    own = evidence.way.calls_optimizer or evidence.has_own_loss or evidence.couples_losses
+    if own or not evidence.losses.whole:
         return None
     return Cause(
         "loss",
-        evidence.whole_losses,
-        "reduces to one number by itself, which counts for the examples of a micro-batch. If "
-        "it divides by something else, such as the sum of its own mask, derive the model from "
+        evidence.losses.whole,
+        "reduces to one number by itself, which counts for the examples of a micro-batch. "
+        f"{_COUPLED}, is right for any such loss. Without it: if the loss "
+        "divides by something else, such as the sum of its own mask, derive the model from "
         "GradientAccumulateModel and override `micro_batch_weight` to return that; or let the "
         "loss return a value for each element, in a keras.losses.Loss with "
-        'reduction="mean_with_sample_weight", and give the mask as `sample_weight`. If it '
-        "looks across the examples (a contrastive loss), no sum of micro-batches is the large "
+        'reduction="mean_with_sample_weight", and give the mask as `sample_weight`.',
+    )
+
+
+def _coupled_losses(evidence: Evidence) -> Cause | None:
+    own = evidence.way.calls_optimizer or evidence.has_own_loss or evidence.couples_losses
+    coupled = evidence.losses.coupled
+    if own or not coupled:
+        return None
+    reasons = "; ".join(dict.fromkeys(coupled.values()))
+    return Cause(
+        "coupled_loss",
+        tuple(coupled),
+        f"{reasons}. The mean over micro-batches is another loss. {_COUPLED}, gives the large "
         "batch's.",
     )
 
@@ -231,13 +267,14 @@ DETECTORS: tuple[Callable[[Evidence], Cause | None], ...] = (
     _loss_of_own_step,
     _own_compute_loss,
     _whole_losses,
+    _coupled_losses,
 )
 
 _UNKNOWN = Cause(
     "unknown",
     (),
     "nothing that is known for it. Look for what takes a mean, a maximum or a product over "
-    "the examples, axis 0, in a loss (a contrastive one does) or a layer. No sum of "
-    "micro-batches' gradients is then the large batch's: let it look at one example at a "
-    "time, or train it on the large batch, in less memory with GradientCheckpoint.",
+    "the examples, axis 0, in a loss or a layer. No sum of micro-batches' gradients is then the "
+    f"large batch's. For a loss or a `compute_loss`: {_COUPLED}. For a layer: let it look at one "
+    "example at a time, or train it on the large batch, in less memory with GradientCheckpoint.",
 )

@@ -49,13 +49,7 @@ def effective_batches(x, y, sample_weight, batch_size, updates):
             _as_arrays(value, name)
             for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight))
         )
-    sizes = {_length(a) for a in tf.nest.flatten(data) if a is not None}
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(
-            "`x`, `y` and `sample_weight` must have the same number of examples, at least 1. "
-            f"Received: {sorted(sizes)}."
-        )
-    examples = sizes.pop()
+    examples = _number_of_examples(data)
     size = examples if batch_size is None else batch_size
     if size > examples:
         raise ValueError(
@@ -111,6 +105,30 @@ def _are_strings(array):
     return all(isinstance(item, str | bytes) for item in array.flat)
 
 
+def _number_of_examples(data):
+    """The examples that all arrays of `(x, y, sample_weight)` have.
+
+    Raises:
+        ValueError: If they have not the same number, or none.
+    """
+    names = ("x", "y", "sample_weight")
+    sizes = {
+        name: sorted({_length(a) for a in tf.nest.flatten(part) if a is not None})
+        for name, part in zip(names, data, strict=True)
+    }
+    known = {size for found in sizes.values() for size in found}
+    if len(known) == 1 and 0 not in known:
+        return known.pop()
+    received = ", ".join(
+        f"{name} of {' and '.join(map(str, found))}" for name, found in sizes.items() if found
+    )
+    raise ValueError(
+        "`x`, `y` and `sample_weight` must have the same number of examples, at least 1. Received: "
+        f"{received or 'no array'} examples. Pass arrays with one row for each example; repeat "
+        "what belongs to all examples, as np.repeat(a, len(y), axis=0) does for one row."
+    )
+
+
 def _length(array):
     return int(array.nrows()) if isinstance(array, tf.RaggedTensor) else len(array)
 
@@ -131,7 +149,11 @@ def _from_dataset(dataset, needed):
         if needed is not None and examples >= needed:
             break
     if not parts:
-        raise ValueError("`x` must have at least one effective batch. Received: an empty dataset.")
+        raise ValueError(
+            "`x` must have at least one effective batch. Received: an empty dataset. Pass one that "
+            "yields batches: a generator that was read to its end yields nothing, and a `filter` "
+            "or `skip` may leave nothing."
+        )
     try:
         return tf.nest.map_structure(_joined, *parts)
     except (ValueError, tf.errors.InvalidArgumentError) as error:

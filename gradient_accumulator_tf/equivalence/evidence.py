@@ -3,11 +3,25 @@
 from typing import Any, NamedTuple
 
 import keras
+import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf.cycle.coupling import couples
 from gradient_accumulator_tf.cycle.loss_recorder import call_and_keep_values
 from gradient_accumulator_tf.equivalence.ways import Way
 from gradient_accumulator_tf.models.accumulate import GradientAccumulateModel
+
+
+class Losses(NamedTuple):
+    """What is known of the compiled losses.
+
+    Attributes:
+        whole: Names of those whose own function returns one number for a whole batch.
+        coupled: Dict of names to reasons, of those that look across the examples in another way.
+    """
+
+    whole: tuple[str, ...]
+    coupled: dict[str, str]
 
 
 class Evidence(NamedTuple):
@@ -22,12 +36,13 @@ class Evidence(NamedTuple):
         weighted: Whether there are sample weights.
         moved: Variables of the model that moved. With a `train_step` of its own: in the first
             micro-batch of a cycle, where none should. Otherwise: in the large batches' training.
-        whole_losses: Names of the compiled losses that reduce to one number by themselves.
+        losses: The `Losses` that the model was compiled with.
         better_reduction: "sum" or "mean" if the optimizer equals the large batch with it, and not
             with its own reduction; else None.
         loss_vector: Shape, as text, of a target with several elements that the training asked the
             gradient of; or None.
         repeats: Whether the large batches' training, made again, ended in the same weights.
+        repeated_rows: As of `Trials`.
     """
 
     model: Any
@@ -37,15 +52,21 @@ class Evidence(NamedTuple):
     updates_per_batch: float
     weighted: bool
     moved: list[Any]
-    whole_losses: tuple[str, ...]
+    losses: Losses
     better_reduction: str | None
     loss_vector: str | None
     repeats: bool
+    repeated_rows: tuple[str, ...] = ()
 
     @property
     def layers(self) -> list[tuple[str, Any]]:
         """Pairs (path, layer) of all layers in the model."""
         return list(layers_by_path(self.model))
+
+    @property
+    def couples_losses(self) -> bool:
+        """Whether the loss is computed over the outputs of the whole effective batch."""
+        return bool(getattr(self.model, "coupled_loss", False))
 
     @property
     def has_own_loss(self) -> bool:
@@ -79,20 +100,26 @@ def random_layers(model, moved):
     )
 
 
-def reduced_by_themselves(model, batch):
-    """Names of the compiled losses whose own function returns one number for a whole batch.
+def compiled_losses(model: Any, batch: tuple) -> Losses:
+    """Runs each compiled loss on a batch and on its parts.
 
     Args:
         model: A model that was trained.
         batch: `(x, y, sample_weight)` for it.
     """
-    found = []
+    whole, coupled = [], {}
 
     def replace(loss):
         def seen(y_true, y_pred, sample_weight=None):
             value, values = call_and_keep_values(loss, y_true, y_pred, sample_weight)
-            if values is not None and values.shape.rank == 0:
-                found.append(loss.name)
+            rank = getattr(y_pred, "shape", tf.TensorShape(None)).rank
+            reason = couples(loss, rank)
+            if reason is None and values is not None and values.shape.rank:
+                reason = _depends_on_others(loss, y_true, y_pred)
+            if reason is not None:
+                coupled[loss.name] = reason
+            elif values is not None and values.shape.rank == 0:
+                whole.append(loss.name)
             return value
 
         return seen
@@ -100,8 +127,39 @@ def reduced_by_themselves(model, batch):
     x, y, sample_weight = batch
     try:
         y_pred = model.predict(x, verbose=0)
+        y_pred = tf.nest.map_structure(tf.convert_to_tensor, y_pred)
         with _keras.replaced_losses(model, replace):
             _keras.compute_loss(model, x, y, y_pred, sample_weight)
     except Exception:  # a model that trains may do neither of the two by itself
-        return ()
-    return tuple(found)
+        pass
+    return Losses(tuple(whole), coupled)
+
+
+def _depends_on_others(loss, y_true, y_pred):
+    """Why a loss of each example is another one in a smaller batch; None if it is the same."""
+
+    def values_of(*places):
+        y = tf.nest.map_structure(lambda t: tf.convert_to_tensor(t)[slice(*places)], y_true)
+        p = tf.nest.map_structure(lambda t: t[slice(*places)], y_pred)
+        return loss.call(_in_dtype(loss, y), _in_dtype(loss, p))
+
+    examples = len(tf.nest.flatten(y_pred)[0])
+    alone, again = values_of(0, examples), values_of(0, examples)
+    parts = tf.concat([values_of(0, examples // 2), values_of(examples // 2, examples)], axis=0)
+    if alone.shape != parts.shape:
+        return "has no value for each example"
+
+    def differ(values):
+        largest = tf.reduce_max(tf.abs(alone - values))
+        return bool(largest > 1e-4 * tf.reduce_max(tf.abs(alone)))
+
+    # A loss that draws random numbers differs from itself.
+    return (
+        "gives an example another value in another batch" if differ(parts) > differ(again) else None
+    )
+
+
+def _in_dtype(loss, structure):
+    return tf.nest.map_structure(
+        lambda t: keras.ops.convert_to_tensor(t, dtype=loss.dtype), structure
+    )

@@ -34,8 +34,8 @@ class Cause(NamedTuple):
     """A reason why accumulation differs from the large batch.
 
     Attributes:
-        kind: "batch_norm", "random", "state", "updates", "loss", "order",
-            "half_precision", "not_deterministic" or "unknown".
+        kind: "batch_norm", "random", "state", "updates", "loss", "coupled_loss", "order",
+            "half_precision", "not_deterministic", "repeated_rows" or "unknown".
         where: Paths of layers or variables; empty for the model as a whole.
         advice: What it does, and what to do about it.
     """
@@ -54,9 +54,11 @@ class EquivalenceReport(NamedTuple):
     """The result of `check_equivalence`; its `str` is a table.
 
     Attributes:
-        equivalent: Whether every variable is within the tolerance.
+        equivalent: Whether every variable is within the tolerance. If a cause "repeated_rows" is
+            named, the large batch that is compared with adds repeated rows before its optimizer
+            sees them, which plain Keras does not.
         variables: A `VariableDifference` for each weight of the model.
-        causes: The causes that were found; empty if equivalent.
+        causes: The causes that were found. If equivalent: none, or "repeated_rows" alone.
         setting: What was compared, in words.
     """
 
@@ -67,7 +69,9 @@ class EquivalenceReport(NamedTuple):
 
     def __str__(self) -> str:
         far = sum(not v.within for v in self.variables)
-        if self.equivalent:
+        if self.equivalent and self.causes:
+            verdict = "Equivalent, but for Keras's treatment of repeated rows:"
+        elif self.equivalent:
             verdict = "Equivalent: every variable is where the large batch takes it."
         else:
             verdict = f"Not equivalent: {far} of {len(self.variables)} variables differ. Found:"

@@ -10,14 +10,15 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf.equivalence.copies import Copy
 from gradient_accumulator_tf.equivalence.data import rows
 from gradient_accumulator_tf.equivalence.evidence import (
     Evidence,
+    compiled_losses,
     random_layers,
-    reduced_by_themselves,
 )
 from gradient_accumulator_tf.equivalence.report import VariableDifference
-from gradient_accumulator_tf.equivalence.ways import Copy, Way
+from gradient_accumulator_tf.equivalence.ways import Way
 
 _REORDERED = 3  # how much further than the reordered batch a variable may be
 _BY_ORDER = 0.1  # of the movement: a larger effect of the order is not rounding
@@ -88,31 +89,47 @@ class Trials:
 
     Attributes:
         reference: The `Reference` that two trainings on large batches made.
+        repeated_rows: Paths of the weights whose repeated rows were added first in the reference,
+            which made a difference; empty if it is plain Keras.
     """
 
     def __init__(self, model: Any, way: Way, data: tuple, order: np.ndarray, tolerance: float):
         self._model, self._way, self._data, self._order = model, way, data, order
         self._updates, self._size = order.shape
-        self._micro_batch = way.batch_size(self._size)
+        self._micro_batch = way.cut.batch_size(self._size)
         self._one = rows(data, slice(0, 1))[0]
-        weights = model.weights
+        self._tolerance = tolerance
+        self.repeated_rows: tuple[str, ...] = ()
+        self._take_reference(add_rows=False)
+
+    def _take_reference(self, add_rows):
+        """Trains on the large batches; their end is what other trainings are compared with."""
+        weights = self._model.weights
         start = [v.numpy() for v in weights]
-        self._large = way.large(self._one)
+        self._large = self._way.large(self._one, add_rows)
         self._start = self._large.state()
         updates_before = self._large.updates()
         self._train(self._large, self._size)
         self._updates_made = self._large.updates() - updates_before
-        other = np.random.default_rng(0).permuted(order, axis=1)
-        reordered = self._train(way.large(self._one), self._size, order=other)
+        other = np.random.default_rng(0).permuted(self._order, axis=1)
+        reordered = self._train(self._way.large(self._one, add_rows), self._size, order=other)
         self._moved = self._large.moved()
         self.reference = Reference(
             weights,
             start,
             self._large.values_of(weights),
             reordered.values_of(weights),
-            random_layers(model, self._moved),
-            tolerance,
+            random_layers(self._model, self._moved),
+            self._tolerance,
         )
+
+    def add_repeated_rows(self) -> None:
+        """Compares with large batches whose repeated rows are added first, where that differs."""
+        sparse, plain = self._large.got_sparse_gradients(), self.reference
+        if sparse:
+            self._take_reference(add_rows=True)
+            if not plain.is_met_by(self._large):
+                self.repeated_rows = sparse
 
     def accumulated(self) -> Copy:
         """A copy that accumulated over the effective batches; its warnings are shown."""
@@ -126,7 +143,7 @@ class Trials:
             moved = self._moved_in_first_micro_batch() if updates_per_batch <= 1 else []
         with _quietly(show_warnings=False):
             first_batch = rows(self._data, self._order[0])
-            whole_losses = reduced_by_themselves(self._large.model, first_batch)
+            losses = compiled_losses(self._large.model, first_batch)
         better_reduction, loss_vector = self._other_reduction()
         return Evidence(
             model=self._model,
@@ -136,10 +153,11 @@ class Trials:
             updates_per_batch=updates_per_batch,
             weighted=self._data[2] is not None,
             moved=moved,
-            whole_losses=whole_losses,
+            losses=losses,
             better_reduction=better_reduction,
             loss_vector=loss_vector,
             repeats=self._repeats(),
+            repeated_rows=self.repeated_rows,
         )
 
     def _train(self, copy, batch_size, *, order=None, show_warnings=False, **fit):

@@ -16,7 +16,6 @@ from gradient_accumulator_tf._checks import (
     refuse_arguments,
     similar_name,
 )
-from gradient_accumulator_tf._keras.patches import held_by
 from gradient_accumulator_tf.cycle.batches import check_shared_inputs
 from gradient_accumulator_tf.cycle.non_finite import NonFinite, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
@@ -35,6 +34,7 @@ from gradient_accumulator_tf.optimizers.accumulate import (
     accumulating_optimizer,
     accumulating_optimizer_of,
 )
+from gradient_accumulator_tf.optimizers.cycle import cycle_of
 from gradient_accumulator_tf.replicated.replicas import (
     check_made_under,
     check_strategy,
@@ -67,8 +67,8 @@ def _mode_of(accum_steps, micro_batch_size):
         raise ValueError(
             "Exactly one of `accum_steps` (fit's batch is the micro-batch) and "
             "`micro_batch_size` (fit's batch is the effective batch) must be given. "
-            f"Received: accum_steps={accum_steps!r}, micro_batch_size={micro_batch_size!r}. "
-            "If the effective batch can be loaded at once, pass micro_batch_size."
+            f"Received: accum_steps={accum_steps!r}, micro_batch_size={micro_batch_size!r}. Pass "
+            "micro_batch_size if the effective batch can be loaded at once, or else accum_steps."
         )
     return WithinStep(micro_batch_size) if accum_steps is None else AcrossSteps(accum_steps)
 
@@ -84,25 +84,27 @@ _ANOTHER = (
 class GradientAccumulateModel(ModelWrapper):
     """A Keras model that trains on effective batches in micro-batches.
 
-    Exactly one of two modes:
+    It has two modes, and takes the argument of exactly one:
 
     - `micro_batch_size`: the batch given to `fit` is the effective batch. Each training step
       cuts it into micro-batches, runs them one after the other, and updates once. Steps per
       epoch, learning-rate schedules, callbacks and logs are those of the large batch. Peak memory
       is that of one micro-batch, and one copy of the gradients.
-    - `accum_steps`: the batch given to `fit` is the micro-batch, and every `accum_steps`-th batch
-      updates, with the mean over all of them. What is left at the end of an epoch, before its
-      validation, is an update too. For data that comes in micro-batches, or whose effective
-      batch does not fit even as input.
+    - `accum_steps`: the batch given to `fit` is the micro-batch. Every `accum_steps`-th batch
+      updates, with the mean over all of them. A partial cycle at the end of an epoch is an update
+      too, made before the validation. This mode is for data that comes in micro-batches, and for
+      an effective batch that does not fit even as input.
 
-    The update equals that of the plain model on the effective batch, for any last batch: the loss
-    of each micro-batch counts for what Keras divided it by (examples; unmasked tokens under a
-    mask; the weights' sum for the reduction "mean_with_sample_weight"), and regularisers count
-    once. A tensor that `add_loss` was given unreduced is summed, as Keras does. A scalar given to
+    The update equals that of the plain model on the effective batch, for any last batch. The loss
+    of each micro-batch counts for what Keras divided it by: examples, unmasked tokens under a
+    mask, or the sum of the weights for the reduction "mean_with_sample_weight". Regularisers count
+    once. A tensor that `add_loss` gets unreduced is summed, as Keras does. A scalar given to
     `add_loss` counts as a mean over the examples, and so does what a `compute_loss` of your own
-    returns. (A scalar that is a sum: `self.add_loss(keras.ops.reshape(total, (1,)))`.) The update
-    does not equal it where a layer looks across examples (BatchNormalization normalises by the
-    micro-batch, unless `batch_norm="exact"`) or draws random numbers (Dropout draws others).
+    returns. For a scalar that is a sum, call `self.add_loss(keras.ops.reshape(total, (1,)))`.
+
+    The update differs where a layer looks across examples or draws random numbers.
+    BatchNormalization normalises by the micro-batch, unless `batch_norm="exact"`. Dropout draws
+    other numbers.
 
     ```python
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
@@ -111,8 +113,8 @@ class GradientAccumulateModel(ModelWrapper):
     model.fit(np.ones((256, 8)), np.ones((256, 1)), batch_size=128)
     ```
 
-    It is built around a model (`model=`), from a functional model's ends (`inputs=`,
-    `outputs=`), or as a base class in place of `keras.Model`:
+    It takes a model (`model=`), or the ends of a functional model (`inputs=`, `outputs=`). It is
+    also a base class that takes the place of `keras.Model`:
 
     ```python
     class MyModel(GradientAccumulateModel):
@@ -124,14 +126,14 @@ class GradientAccumulateModel(ModelWrapper):
             return self.dense(inputs)
     ```
 
-    Around a model, layers and variables are that model's own, not copies: `weights`, `layers`,
-    `summary()`, `save_weights()` and `export()` are those of the plain model, whose weight files
-    are interchangeable, and what is not found on the wrapper is looked up on it, and set on it.
-    Its metrics are in the logs. A `fit`, a `compile` and the like of the model's own class run, and
-    end in this class's, so that KerasHub's tasks take strings and images as they do by themselves.
+    Around a model, layers and variables are that model's own, not copies. `weights`, `layers`,
+    `summary()`, `save_weights()` and `export()` are those of the plain model, so weight files are
+    interchangeable. An attribute that the wrapper does not have is read from the model, and set
+    on it. The model's metrics are in the logs. A `fit`, a `compile` and the like of the model's
+    own class run, and end in this class's. So KerasHub's tasks take strings and images as ever.
 
     Args:
-        model_or_inputs: The model to train, as `model`; or `inputs`. By position.
+        model_or_inputs: `model` or `inputs`, by position.
         outputs: Outputs of a functional model, as for `keras.Model`.
         inputs: Its inputs.
         model: A `keras.Model` to train instead: functional, Sequential or subclassed.
@@ -139,12 +141,12 @@ class GradientAccumulateModel(ModelWrapper):
             `GradientAccumulateOptimizer`.
         micro_batch_size: Integer >= 1, examples per micro-batch (per replica).
         batch_norm: With `micro_batch_size`, what trainable batch norms of Keras's
-            `BatchNormalization` or `AccumBatchNorm` normalise by: "micro_batch" (default), or
-            "exact", which is by the whole effective batch (of a replica, unless
-            `synchronized=True`), forward and backward. With it the update is the large batch's,
-            moving statistics included. It is for functional and Sequential models, and keeps what
-            batch norms wait with for all examples of the effective batch: 28 to 74 % of what the
-            large batch takes per example, measured on five nets.
+            `BatchNormalization` or `AccumBatchNorm` normalise by: "micro_batch" (default) or
+            "exact". "exact" is the whole effective batch (of a replica, unless
+            `synchronized=True`), forward and backward. The update, with the moving statistics, is
+            then the large batch's. "exact" is for functional and Sequential models. It keeps what
+            enters a batch norm, or passes it by, for all examples of the effective batch: 28 to
+            74 % of what the large batch takes per example, measured on five nets.
         coupled_loss: With `micro_batch_size`, whether the loss compares examples (contrastive
             losses, Dice over the batch, a loss that divides by its own mask). False (default)
             computes it for each micro-batch. True computes it once, from the outputs of all
@@ -153,13 +155,13 @@ class GradientAccumulateModel(ModelWrapper):
             any loss. It costs one more forward pass, and keeps the outputs of all examples. Each
             output must have one row for each example.
         non_finite: "propagate" (default), "drop_micro_batch" or "drop_cycle"; as for
-            `GradientAccumulateOptimizer`. What was dropped is in the logs of an epoch, whose loss
+            `GradientAccumulateOptimizer`. The logs of an epoch count what was dropped. Their loss
             is then the mean over what was finite.
         shared_inputs: List of the inputs that belong to every example (a graph, a bank of
-            negatives), by their positions or keys in `x`: `[1]`, `["bank"]`; `[("graph", 0)]`
-            for what is nested, where `["graph"]` is all that is in it. Each micro-batch gets them
-            whole. Every other tensor of a batch must have one row for each example; only
-            scalars, and tensors of one row in a batch of several examples, are for all as well.
+            negatives), by their positions or keys in `x`: `[1]`, `["bank"]`. A tuple reaches what
+            is nested: `[("graph", 0)]`, while `["graph"]` is all that is in it. Each micro-batch
+            gets them whole. Every other tensor of a batch must have one row for each example.
+            Only scalars, and one row in a batch of several examples, belong to all as well.
         name: As for `keras.Model`, and so are the four below.
         trainable: Whether its variables are trained.
         dtype: Dtype or dtype policy.
@@ -268,10 +270,14 @@ class GradientAccumulateModel(ModelWrapper):
     @micro_batch_size.setter
     def micro_batch_size(self, value: int) -> None:
         self._mode.set_micro_batch_size(value)
+        # `fit`, `evaluate` and `predict` look these functions up in each step. Keras's own method
+        # makes the first, since what is trainable is still to be as it was.
         if self.train_function is not None:
-            # Keras's own, since what is trainable is still to be as it was; `fit` looks it up in
-            # each step.
             super().make_train_function(force=True)
+        if self.test_function is not None:
+            self.make_test_function(force=True)
+        if self.predict_function is not None:
+            self.make_predict_function(force=True)
 
     batch_norm = FixedAttribute[str](
         "_batch_norm", "What trainable batch norms normalise by.", _ANOTHER
@@ -467,14 +473,51 @@ class GradientAccumulateModel(ModelWrapper):
         Returns:
             Dict of the metrics' values.
         """
-        plain_step = super().train_step
+        return self._step("train_step", data, super().train_step)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """The loss and the metrics of one batch, in micro-batches with `micro_batch_size`.
+
+        They equal those of the plain model on the whole batch where an update would equal its.
+
+        Args:
+            data: What the dataset yields: `x`, `(x, y)` or `(x, y, sample_weight)`, nested.
+
+        Returns:
+            Dict of the metrics' values.
+        """
+        return self._step("test_step", data, super().test_step, without=("optimizer",))
+
+    def predict_step(self, data: Any) -> Any:
+        """The outputs for one batch, in micro-batches with `micro_batch_size`.
+
+        Args:
+            data: What the dataset yields: `x`, or a tuple that begins with it, nested.
+
+        Returns:
+            What the model returns for the batch. Outputs that are not dense tensors with one row
+            for each example are computed for the whole batch at once.
+        """
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        without = ("optimizer", "_compile_loss", "_compile_metrics")
+        return self._step("predict_step", (x,), super().predict_step, without)
+
+    def _step(self, name, data, plain_step, without=()):
+        """One step as the mode takes it.
+
+        Args:
+            name: The method of the mode.
+            data: What the dataset yields.
+            plain_step: Function of it that takes the step as Keras does.
+            without: The parts of a compiled model that the step does not need.
+        """
 
         def build(data):
-            with outside_of_tracing():
+            with outside_of_tracing(), _keras.compiled_without(self, *without):
                 _keras.build_for_training(self, data)
 
         tensors = tf.nest.map_structure(_as_tensor, keras.utils.unpack_x_y_sample_weight(data))
-        return self._mode.train_step(self, tensors, build, lambda: plain_step(data))
+        return getattr(self._mode, name)(self, tensors, build, lambda: plain_step(data))
 
     def micro_batch_weight(self, x: Any, y: Any, sample_weight: Any) -> Any:
         """What a micro-batch counts for where no compiled loss tells; to be overridden.
@@ -511,7 +554,7 @@ class GradientAccumulateModel(ModelWrapper):
         current = accumulating_optimizer_of(self)
         if current is None or optimizer in (current, self.optimizer):
             return
-        held = held_by(current)
+        held = cycle_of(current).held
         if held:
             raise ValueError(
                 "A new optimizer must not take the place of one in mid-cycle, whose gradients "

@@ -4,15 +4,21 @@ import keras
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.batch_norm.cycle_end import model_ends_cycle
-from gradient_accumulator_tf.cycle.non_finite import NoDrops
+from gradient_accumulator_tf.cycle.non_finite import NoDrops, policy_of
 from gradient_accumulator_tf.cycle.schedules import check_accum_steps
 from gradient_accumulator_tf.models.callbacks import FlushAtEpochEnd
 from gradient_accumulator_tf.models.further_optimizers import warn_of_those_that_do_not_accumulate
-from gradient_accumulator_tf.models.micro_step import batch_norms_of, log_loss, run_micro_step
+from gradient_accumulator_tf.models.micro_step import (
+    batch_norms_of,
+    log_loss,
+    run_micro_step,
+    update_metrics,
+)
 from gradient_accumulator_tf.optimizers.accumulate import (
     GradientAccumulateOptimizer,
     accumulating_optimizer_of,
 )
+from gradient_accumulator_tf.optimizers.cycle import cycle_of_model
 from gradient_accumulator_tf.replicated.replicas import undo_averaging
 
 
@@ -119,6 +125,14 @@ class AcrossSteps:
             self._has_looked_for_plain_optimizers = True
             warn_of_those_that_do_not_accumulate(model, model.optimizer, steps)
 
+    def test_step(self, model, data, build, plain_step):
+        """As Keras takes it: a batch is a micro-batch."""
+        return plain_step()
+
+    def predict_step(self, model, data, build, plain_step):
+        """As Keras takes it."""
+        return plain_step()
+
     def train_step(self, model, data, build, plain_step):
         """One micro-batch.
 
@@ -131,8 +145,8 @@ class AcrossSteps:
         Returns:
             Dict of the metrics' values.
         """
-        optimizer = accumulating_optimizer_of(model)
-        if not optimizer.accumulates:
+        cycle = cycle_of_model(model)
+        if not cycle.accumulates:
             with model_ends_cycle():
                 logs = plain_step()
             for layer in batch_norms_of(model):
@@ -143,10 +157,12 @@ class AcrossSteps:
             step = run_micro_step(model, data)
         if step.contributions:
             # Not through a loss scaler, whose `apply` takes no weights.
-            optimizer.lead(batch_norms_of(model))
-            optimizer.apply_contributions(step.contributions, model.trainable_weights)
+            cycle.lead(batch_norms_of(model))
+            cycle.take(step.contributions, model.trainable_weights)
         loss, compiled = step.loss, step.loss.compiled
         # Keras divides losses by the number of replicas, and logs them undivided.
         values = [(undo_averaging(t.value), loss.weight_of(t)) for t in compiled]
         weight = loss.weight_of(compiled[0]) if len(compiled) == 1 else loss.weight
-        return log_loss(model, step.logs, (undo_averaging(loss.total), weight), values)
+        logs = update_metrics(model, data, step.y_pred)
+        policy = policy_of(model.non_finite)
+        return log_loss(model, logs, (undo_averaging(loss.total), weight), values, policy)

@@ -1,4 +1,4 @@
-"""AtomicBackupAndRestore: backups of a training that are there as a whole or not at all."""
+"""AtomicBackupAndRestore: each backup of a training is complete, or does not exist."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import keras
 
 from gradient_accumulator_tf import _keras
 
-_PARTIAL = "partial"  # what is being written, and was not finished where it is left behind
-_DELETED = "deleted-"  # begins the names of what is being deleted
+_PARTIAL = "partial"  # the folder of a backup that is not complete yet
+_DELETED = "deleted-"  # the beginning of the names of folders that are to be deleted
 
 
 class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
-    """`keras.callbacks.BackupAndRestore` for trainings that are killed at any moment.
+    """`keras.callbacks.BackupAndRestore` for a training that may be killed at any moment.
 
-    Keras's writes over the backup that it has, in two files: killed meanwhile, it leaves one that
-    cannot be read, or weights and an epoch that do not belong together. This one writes into a
-    folder of its own, which is renamed when both files are complete. The backup before it is kept
-    until the next one. If the newest cannot be read all the same (a full or broken disk), training
-    goes on from the one before, with a warning.
+    Keras's callback overwrites the two files of its only backup. A kill during this leaves a backup
+    that cannot be read, or weights and an epoch that do not belong together. This callback writes
+    each backup into a new folder, and renames the folder when both files are complete. It keeps the
+    previous backup until the next one. If the newest backup cannot be read all the same, as on a
+    full or broken disk, training resumes from the previous one, with a warning.
 
-    It works with any Keras model, with either wrapper and with neither. A backup that Keras's
-    callback left in the folder is read too.
+    It works with any Keras model, with either wrapper and with neither. It also reads a backup that
+    Keras's callback left in the folder.
 
     ```python
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
@@ -41,16 +41,16 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
     ```
 
     Args:
-        backup_dir: Path of a local folder, for this training alone and for one process alone.
-        save_freq: `"epoch"`, or the number of batches between backups. A training goes on at the
+        backup_dir: Path of a local folder that no other training and no other process uses.
+        save_freq: `"epoch"`, or the number of batches between backups. A training resumes at the
             begin of an epoch either way.
-        double_checkpoint: Whether to keep the backup before. It is always kept here; the argument
-            is there to take the place of Keras's callback.
+        double_checkpoint: Has no effect. The previous backup is always kept. The argument is here
+            so that the callback can take the place of Keras's.
         delete_checkpoint: Whether to delete the backups at the end of `fit`.
 
     Raises:
-        ValueError: If `backup_dir` is empty or on a remote file system, or `save_freq` is
-            something else; and from `fit`, if the model is not built.
+        ValueError: If `backup_dir` is empty or on a remote file system, or if `save_freq` is
+            neither of the two; and from `fit`, if the model is not built.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
         self._last: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Restores the newest backup that can be read; begins anew if there is none.
+        """Restores the newest backup that can be read, if there is a backup.
 
         Raises:
-            Exception: What Keras raised for the newest backup, if none can be read.
+            Exception: If no backup can be read, Keras's error for the newest one.
         """
         errors, self._last = [], None
         for folder in self._backups():
@@ -95,7 +95,7 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
                 stacklevel=2,
             )
         elif self._last is None:
-            # From what Keras's callback wrote, if there is something.
+            # Keras's callback may have left a backup.
             _keras.use_backup_folder(self, self.backup_dir)
             super().on_train_begin(logs)
         for name in os.listdir(self.backup_dir) if os.path.isdir(self.backup_dir) else []:
@@ -104,11 +104,11 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
         self._write_elsewhere()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Takes the epoch, which a backup within it is to name."""
+        """Notes the epoch, which a backup within it holds."""
         _keras.set_backup_epoch(self, epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Writes a backup, if they are written at the ends of epochs."""
+        """Writes a backup, if `save_freq` is "epoch"."""
         super().on_epoch_end(epoch, logs)
         self._finish()
 
@@ -118,10 +118,10 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
         self._finish()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Deletes the backups, unless told otherwise."""
+        """Deletes the backups, if `delete_checkpoint` is true."""
         shutil.rmtree(self._path(_PARTIAL), ignore_errors=True)
         if self.delete_checkpoint:
-            # None must be taken for one if this is killed; the oldest goes first.
+            # The oldest first: after a kill at this point, none must be restored.
             for folder in reversed(self._backups()):
                 os.rename(folder, self._path(_DELETED + os.path.basename(folder)))
         super().on_train_end(logs)
@@ -131,25 +131,29 @@ class AtomicBackupAndRestore(keras.callbacks.BackupAndRestore):
         return os.path.join(self.backup_dir, name)
 
     def _backups(self):
-        """Folders of the backups, newest first."""
+        """List of the folders of the backups, newest first."""
         names = os.listdir(self.backup_dir) if os.path.isdir(self.backup_dir) else []
         backups = [name for name in names if re.fullmatch(r"backup-\d+", name)]
         return [self._path(name) for name in sorted(backups, key=_number, reverse=True)]
 
     def _read(self, folder, logs):
-        if len(os.listdir(folder)) < 2:  # Keras would restore what is there
-            raise FileNotFoundError(f"{folder!r} must hold two files, weights and epoch.")
+        if len(os.listdir(folder)) < 2:  # Keras would restore from one file alone
+            raise FileNotFoundError(
+                "A backup must hold two files, one of weights and one of the epoch. Received: "
+                f"{folder!r} with {os.listdir(folder)}. Delete {str(self.backup_dir)!r} to train "
+                "from the start."
+            )
         _keras.use_backup_folder(self, folder)
         super().on_train_begin(logs)
 
     def _write_elsewhere(self):
-        """Sends what Keras writes next to an empty folder that is no backup."""
+        """Lets Keras write its next files into an empty folder, which is no backup yet."""
         shutil.rmtree(self._path(_PARTIAL), ignore_errors=True)
         os.makedirs(self._path(_PARTIAL))
         _keras.use_backup_folder(self, self._path(_PARTIAL))
 
     def _finish(self):
-        """Makes what Keras has written, if it has, the newest backup."""
+        """Makes the files that Keras has written the newest backup, if there are any."""
         written = [entry.path for entry in os.scandir(self._path(_PARTIAL))]
         if not written:
             return
@@ -171,7 +175,7 @@ def _number(folder):
 
 
 def _to_disk(path):
-    """Waits until a file, or what a folder lists, would survive a failure of power."""
+    """Waits until a file, or the list of files in a folder, would survive a power failure."""
     if os.path.isdir(path) and os.name == "nt":
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDWR if os.path.isfile(path) else os.O_RDONLY)

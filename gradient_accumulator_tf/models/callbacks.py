@@ -1,4 +1,4 @@
-"""What belongs on an epoch's end."""
+"""Callbacks that act at the end of an epoch."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from gradient_accumulator_tf._checks import check_positive_int
 
 
 class FlushAtEpochEnd(keras.callbacks.Callback):
-    """Applies a partial cycle when the epoch's last batch is through, before its validation."""
+    """Updates with a partial cycle after an epoch's last batch, before the validation."""
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Validation is the first thing that `fit` does after an epoch's last batch."""
+        """Updates. `fit` calls it first after an epoch's last batch, if there is a validation."""
         self.model.flush()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Where there is no validation."""
+        """Updates, if there was no validation."""
         self.model.flush()
 
 
 class ThroughputLogger(keras.callbacks.Callback):
-    """Adds to the logs of each epoch how fast it was, and what its updates were made of.
+    """Adds the speed of each epoch, and the size of its updates, to its logs.
 
-    - `examples_per_second` and `updates_per_second`: from the epoch's begin to the end of its
-      last batch; without its validation. The first epoch's time includes tracing and compiling.
-    - `effective_batch`: examples per update, the mean over the epoch's updates. NaN in an epoch
-      without one.
-    - `dropped_micro_steps`: micro-batches that were dropped as not finite so far, the count that
-      optimizer and model keep under this name.
+    - `examples_per_second` and `updates_per_second`: the time is from the begin of the epoch to the
+      end of its last batch, without the validation. In the first epoch it includes tracing and
+      compiling.
+    - `effective_batch`: examples per update, the mean over the epoch's updates. It is NaN in an
+      epoch without an update.
+    - `dropped_micro_steps`: micro-batches that were not finite and so were dropped, since the
+      beginning. Optimizer and model count them under the same name.
 
-    It must come before the callbacks that are to see these: Keras hands the logs from one to the
-    next, and to History and the progress bar last.
+    Put it before the callbacks that need these logs, such as a CSVLogger. Keras passes the logs
+    from one callback to the next, and to History and the progress bar last.
 
     ```python
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
@@ -48,21 +49,22 @@ class ThroughputLogger(keras.callbacks.Callback):
     assert history.history["effective_batch"] == [64]
     ```
 
-    It works with either wrapper and with neither, in which case every batch is an update.
+    It works with either wrapper. It also works with neither, and then every batch is an update.
 
-    An update counts in the epoch in which it is made. With a GradientAccumulateOptimizer, that of
-    a cycle left open at the end of the last epoch is made after that epoch, so in none.
+    An update counts in the epoch in which it is made. A GradientAccumulateOptimizer may end the
+    last epoch in mid-cycle. The update with this partial cycle comes after the epoch, and counts in
+    none.
 
     Args:
-        batch_size: Examples in a batch that `fit` takes, over all replicas. A smaller last batch
-            is counted as a whole one.
+        batch_size: Examples in a batch of `fit`, over all replicas. A smaller last batch counts as
+            a whole one.
 
     Raises:
         TypeError: If `batch_size` is not an integer.
         ValueError: If it is smaller than 1.
     """
 
-    async_safe = True  # Keras then need not wait for a batch's logs before it starts the next
+    async_safe = True  # so Keras starts the next batch without waiting for the logs of this one
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
@@ -71,21 +73,21 @@ class ThroughputLogger(keras.callbacks.Callback):
         self.batch_size = check_positive_int("batch_size", batch_size, meaning, instead)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Takes the time and the counts that the epoch begins with."""
+        """Notes the time and the counts."""
         self._batches = 0
         self._counts = _counts(self.model)
         self._begin = self._end = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Takes the time."""
+        """Notes the time and the number of batches."""
         self._end = time.perf_counter()
-        # Some versions of Keras give the first batch of an execution, some the last.
+        # `batch` is the first of an execution in some versions of Keras, and the last in others.
         size = self.model.steps_per_execution
         batches = (batch // size + 1) * size
         self._batches = max(self._batches, min(batches, self.params.get("steps") or batches))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Adds to the logs."""
+        """Adds to the logs of the epoch."""
         counts = _counts(self.model)
         updates, micro_step, dropped = (
             now - before for now, before in zip(counts, self._counts, strict=True)

@@ -16,6 +16,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.batch_norm.cycle_end import model_ends_cycle
 from gradient_accumulator_tf.cycle.losses import check_micro_batch_weight, check_total_loss
+from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.cycle.non_finite import policy_of
 from gradient_accumulator_tf.cycle.rules import Summation
 from gradient_accumulator_tf.models.micro_step import batch_norms_of, call_model, update_metrics
@@ -28,6 +29,7 @@ from gradient_accumulator_tf.replicated.replicas import (
 from gradient_accumulator_tf.stages.barrier import Barrier, Finished
 from gradient_accumulator_tf.stages.engine import StagedGradients
 from gradient_accumulator_tf.stages.loss import LossNode
+from gradient_accumulator_tf.stages.rows import gathered
 from gradient_accumulator_tf.stages.whole import WholeModel
 
 
@@ -117,19 +119,12 @@ class CoupledLoss(Barrier):
     def finish(self, total, gathered):
         """Computes the loss, its derivatives, and the metrics."""
         del total
-        model, data = self._model, self._batch.data
-        over_all = model.coupled_loss == "all_replicas"
-        rows = [rows_of_all_replicas(t) for t in gathered] if over_all else gathered
-        x, y, sample_weight = self._data_of_all_replicas() if over_all else data
+        model, over_all = self._model, self._model.coupled_loss == "all_replicas"
+        rows, data = _seen_by_loss(model, self._batch, gathered)
         watched = [t for t in rows if t.dtype.is_floating]
         with tf.GradientTape() as tape:
             tape.watch(watched)
-            with as_on_one_device() if over_all else contextlib.nullcontext():
-                y_pred, added = self._node.put_together(rows)
-                _keras.clear_added_losses(model)
-                if added:
-                    model.add_loss(added)
-                loss = check_total_loss(_keras.compute_loss(model, x, y, y_pred, sample_weight))
+            loss = _loss_of_rows(model, data, self._node, rows)
             scaled = model.optimizer.scale_loss(loss)
         by_rows, by_variables = tape.gradient(scaled, (watched, list(model.trainable_weights)))
         by_rows = [
@@ -142,9 +137,7 @@ class CoupledLoss(Barrier):
             by_rows = [own_rows(t, number) for t in by_rows]
             by_variables = [on_average_replica(_dense(g)) for g in by_variables]
             loss = on_average_replica(loss)
-        own_outputs, _ = self._node.put_together(gathered)
-        logs = update_metrics(model, data, own_outputs)
-        _keras.clear_added_losses(model)
+        logs = _metrics_of_rows(model, self._batch, self._node, gathered)
         return Finished((), _LossOfAll(loss, by_rows, by_variables, logs))
 
     def apply(self, inputs, statistics):
@@ -162,14 +155,6 @@ class CoupledLoss(Barrier):
         rows = iter(message)
         return [next(rows) if t.dtype.is_floating else None for t in inputs]
 
-    def _data_of_all_replicas(self):
-        """x, y and sample_weight of all replicas; no x for Keras's loss, which reads none."""
-        x, *rest = self._batch.data
-        own = type(self._model).compute_loss is not keras.Model.compute_loss
-        return tf.nest.map_structure(
-            lambda t: None if t is None else rows_of_all_replicas(t), (x if own else None, *rest)
-        )
-
 
 class _LossOfAll(NamedTuple):
     """What `CoupledLoss.finish` found.
@@ -185,6 +170,72 @@ class _LossOfAll(NamedTuple):
     by_rows: list
     by_variables: list
     logs: dict
+
+
+def run_coupled_test(model, batch, micro_batch_size):
+    """The loss of an effective batch, and its metrics, without training.
+
+    Args:
+        model: The `GradientAccumulateModel`.
+        batch: The `Batch`.
+        micro_batch_size: Examples in a micro-batch.
+
+    Returns:
+        Scalar, the loss as Keras computes it on this replica; and the dict of the metrics' values.
+    """
+    node = LossNode()
+
+    def step(micro_batch):
+        _keras.clear_added_losses(model)
+        y_pred = call_model(model, micro_batch[0], training=False)
+        weight = check_micro_batch_weight(model.micro_batch_weight(*micro_batch))
+        taken = node.take(y_pred, _keras.added_losses(model), weight)
+        return (), list(taken.values()), None
+
+    _, kept, _ = sum_over_micro_batches(
+        step, batch, micro_batch_size, zeros=lambda summands: summands, add=lambda total, _: total
+    )
+    rows = [
+        gathered(k, batch, micro_batch_size, node.name_of(key))
+        for k, key in zip(kept, node.inputs, strict=True)
+    ]
+    of_loss, data = _seen_by_loss(model, batch, rows)
+    loss = _loss_of_rows(model, data, node, of_loss, training=False)
+    if model.coupled_loss == "all_replicas":
+        loss = on_average_replica(loss)
+    return loss, _metrics_of_rows(model, batch, node, rows)
+
+
+def _seen_by_loss(model, batch, rows):
+    """The rows and `(x, y, sample_weight)` that the loss is computed from on this replica."""
+    if model.coupled_loss != "all_replicas":
+        return rows, batch.data
+    x, *rest = batch.data
+    own = type(model).compute_loss is not keras.Model.compute_loss
+    # Keras's own loss reads no x.
+    return [rows_of_all_replicas(t) for t in rows], tf.nest.map_structure(
+        lambda t: None if t is None else rows_of_all_replicas(t), (x if own else None, *rest)
+    )
+
+
+def _loss_of_rows(model, data, node, rows, training=True):
+    """Scalar, the loss of outputs that are given in rows, and of what layers added."""
+    over_all = model.coupled_loss == "all_replicas"
+    with as_on_one_device() if over_all else contextlib.nullcontext():
+        y_pred, added = node.put_together(rows)
+        _keras.clear_added_losses(model)
+        if added:
+            model.add_loss(added)
+        x, y, sample_weight = data
+        loss = _keras.compute_loss(model, x, y, y_pred, sample_weight, training)
+    _keras.clear_added_losses(model)
+    return check_total_loss(loss)
+
+
+def _metrics_of_rows(model, batch, node, rows):
+    """Dict of the metrics' values after they have seen outputs that are given in rows."""
+    y_pred, _ = node.put_together(rows)
+    return update_metrics(model, batch.data, y_pred)
 
 
 def _dense(gradient):

@@ -6,7 +6,7 @@ import keras
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.optimizers.accumulate import accumulating_optimizer
-from gradient_accumulator_tf.optimizers.wrapper import parts_of
+from gradient_accumulator_tf.optimizers.inner import parts_of
 
 
 def optimizers_of(model):

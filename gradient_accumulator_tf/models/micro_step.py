@@ -1,4 +1,4 @@
-"""Loss, gradients and logs of one micro-batch; both modes run it."""
+"""Loss and gradients of one micro-batch, which both modes run, and the logs of a step."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -38,12 +38,12 @@ class MicroStep(NamedTuple):
     Attributes:
         contributions: List of `Contribution`; empty if there is nothing to train.
         loss: `MicroBatchLoss`.
-        logs: Dict of the metrics' values.
+        y_pred: The predictions, nested.
     """
 
     contributions: list
     loss: MicroBatchLoss
-    logs: dict
+    y_pred: Any
 
 
 def run_micro_step(model, micro_batch, effective=None):
@@ -70,13 +70,13 @@ def run_micro_step(model, micro_batch, effective=None):
         contributions = loss.contributions(model.trainable_weights, scale, multiply)
     else:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-    return MicroStep(contributions, loss, update_metrics(model, micro_batch, y_pred))
+    return MicroStep(contributions, loss, y_pred)
 
 
-def call_model(model, x):
-    """The predictions of a model in training."""
-    training = {"training": True} if _keras.call_has_training_argument(model) else {}
-    return model(x, **training)
+def call_model(model, x, training=True):
+    """The predictions of a model, in training or not."""
+    arguments = {"training": training} if _keras.call_has_training_argument(model) else {}
+    return model(x, **arguments)
 
 
 def find_loss(model, micro_batch, predict, effective=None):
@@ -91,24 +91,57 @@ def find_loss(model, micro_batch, predict, effective=None):
     Returns:
         `MicroBatchLoss`, and the predictions.
     """
+    finite_only = policy_of(model.non_finite).finite_only
+    with (
+        model_ends_cycle(finite_only),
+        _keras.added_losses_of_each_replica(model),
+        tf.GradientTape(persistent=True) as tape,
+    ):
+        _keras.clear_added_losses(model)
+        y_pred = predict(tape)
+        found = _compute_loss(model, micro_batch, y_pred, tape, effective, training=True)
+    return _loss_of(model, micro_batch, found, tape, effective), y_pred
+
+
+def find_test_loss(model, micro_batch, effective):
+    """As `find_loss` for evaluation: no tape records the forward pass.
+
+    Args:
+        model: The `GradientAccumulateModel`.
+        micro_batch: Tuple `(x, y, sample_weight)`.
+        effective: `Effective` batch that it is a slice of.
+
+    Returns:
+        `MicroBatchLoss`, and the predictions.
+    """
+    _keras.clear_added_losses(model)
+    y_pred = call_model(model, micro_batch[0], training=False)
+    # This one is only for what each term counts for in the total loss.
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        found = _compute_loss(model, micro_batch, y_pred, tape, effective, training=False)
+    return _loss_of(model, micro_batch, found, tape, effective), y_pred
+
+
+def _compute_loss(model, micro_batch, y_pred, tape, effective, training):
+    """List of `Term` without coefficients, and the total loss, within the tape's context."""
     x, y, sample_weight = micro_batch
     examples = batch_size(micro_batch, model.shared_inputs)
     weighed = None if effective is None else effective.weighed
     times = None if weighed is None else by_identity(sample_weight, weighed)
-    finite_only = policy_of(model.non_finite).finite_only
-    with model_ends_cycle(finite_only), tf.GradientTape(persistent=True) as tape:
-        _keras.clear_added_losses(model)
-        y_pred = predict(tape)
-        recorder = LossRecorder(tape, effective is not None, examples, times)
-        with recorder.recording(model):
-            total = _keras.compute_loss(model, x, y, y_pred, sample_weight)
-        total = check_total_loss(total)
-    terms = with_coefficients(recorder.terms, tape, total)
-    weight = check_micro_batch_weight(model.micro_batch_weight(x, y, sample_weight))
-    share = None
+    recorder = LossRecorder(tape, effective is not None, examples, times)
+    with recorder.recording(model):
+        total = _keras.compute_loss(model, x, y, y_pred, sample_weight, training)
+    return recorder.terms, check_total_loss(total)
+
+
+def _loss_of(model, micro_batch, found, tape, effective):
+    """The `MicroBatchLoss` of what `_compute_loss` found."""
+    terms, total = found
+    weight, share = check_micro_batch_weight(model.micro_batch_weight(*micro_batch)), None
     if weight is None:
-        weight, share = examples, _share_of(examples, effective)
-    return MicroBatchLoss(tape, total, terms, weight, share), y_pred
+        weight = batch_size(micro_batch, model.shared_inputs)
+        share = _share_of(weight, effective)
+    return MicroBatchLoss(tape, total, with_coefficients(terms, tape, total), weight, share)
 
 
 def gradient_scale(model, loss):
@@ -116,28 +149,37 @@ def gradient_scale(model, loss):
     return model.optimizer.scale_loss(tf.ones((), loss.total.dtype))
 
 
-def update_metrics(model, micro_batch, y_pred):
-    """Updates the model's metrics with one micro-batch; returns the dict of their values."""
-    x, y, sample_weight = micro_batch
+def update_metrics(model, data, y_pred):
+    """Updates the model's metrics with `(x, y, sample_weight)`; returns their values by name."""
+    x, y, sample_weight = data
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
 
-def log_loss(model, logs, loss, values):
+def log_loss(model, logs, loss, values, policy):
     """The logs after the metrics of the loss, and of each output's, have seen a step's.
 
     Args:
         model: The `GradientAccumulateModel`.
-        logs: Dict of the metrics' values before that.
+        logs: Dict of the metrics' values before that; None for `model.get_metrics_result()`.
         loss: Tuple of the total loss and its weight in the mean over the epoch.
         values: List of the same for each compiled loss.
+        policy: What becomes of a loss that is not finite.
     """
-    policy = policy_of(model.non_finite)
     _keras.track_loss(model, *policy.logged(*loss))
     for metric, pair in zip(_keras.per_output_loss_metrics(model), values, strict=False):
         value, weight = policy.logged(*pair)
         metric.update_state(value, sample_weight=weight)
     results = model.get_metrics_result()
-    return {name: results.get(name, value) for name, value in logs.items()}
+    return results if logs is None else {n: results.get(n, value) for n, value in logs.items()}
+
+
+def log_losses_of_batch(model, logs, losses, batch, policy):
+    """As `log_loss`, with the `LossSums` of all examples of a `Batch`, over all replicas."""
+    examples = batch.examples
+    # Keras weights the outputs' losses by the batch size where it is static.
+    weight = examples if isinstance(examples, int) else None
+    values = [(value, weight) for value in losses.values]
+    return log_loss(model, logs, (losses.total, examples), values, policy)
 
 
 def batch_norms_of(model):

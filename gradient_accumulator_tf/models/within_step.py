@@ -6,28 +6,32 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import check_positive_int
 from gradient_accumulator_tf.cycle.batches import Batch
-from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
+from gradient_accumulator_tf.cycle.micro_batches import is_one_micro_batch, sum_over_micro_batches
 from gradient_accumulator_tf.cycle.non_finite import policy_of
 from gradient_accumulator_tf.cycle.rules import Summation, Sums, over_replicas, rules_of
 from gradient_accumulator_tf.models.coupled_loss import run_coupled_step, staged_whole
+from gradient_accumulator_tf.models.evaluation import evaluated, outputs_of
 from gradient_accumulator_tf.models.micro_step import (
     Effective,
     batch_norms_of,
     find_loss,
     gradient_scale,
     log_loss,
+    log_losses_of_batch,
     run_micro_step,
-    update_metrics,
 )
 from gradient_accumulator_tf.models.one_piece import LargestBatch, OwnFit, WarnOfOnePiece
+from gradient_accumulator_tf.models.step_metrics import StepMetrics
+from gradient_accumulator_tf.optimizers.inner import parts_of
 from gradient_accumulator_tf.optimizers.update_order import one_by_one
-from gradient_accumulator_tf.optimizers.wrapper import parts_of
 from gradient_accumulator_tf.replicated.replicas import (
+    number_of_replicas,
     on_average_replica,
     sum_over_replicas,
     undo_averaging,
 )
 from gradient_accumulator_tf.stages.batch_norm import BATCH_NORM
+from gradient_accumulator_tf.stages.gathering import NotRowsError
 from gradient_accumulator_tf.stages.run import staged_at_barriers
 
 
@@ -151,6 +155,26 @@ class WithinStep:
         with _keras.activity_regularizers_by_rank(model):
             return self._train(model, batch)
 
+    def test_step(self, model, data, build, plain_step):
+        """The loss and the metrics of an effective batch, in micro-batches."""
+        batch = Batch.of(data, model.shared_inputs)
+        build(data)
+        if is_one_micro_batch(batch, self.micro_batch_size) and number_of_replicas() == 1:
+            return plain_step()
+        with _keras.activity_regularizers_by_rank(model):
+            return evaluated(model, batch, self.micro_batch_size)
+
+    def predict_step(self, model, data, build, plain_step):
+        """The outputs for an effective batch, in micro-batches."""
+        batch = Batch.of(data, model.shared_inputs)
+        build(data)
+        if is_one_micro_batch(batch, self.micro_batch_size):
+            return plain_step()
+        try:
+            return outputs_of(model, batch, self.micro_batch_size)
+        except NotRowsError:
+            return plain_step()
+
     def _train(self, model, batch):
         if model.coupled_loss:
             return self._train_coupled(model, batch)
@@ -159,22 +183,21 @@ class WithinStep:
         if not policy.screens:
             total = on_average_replica(sum_over_replicas(tf.cast(batch.examples, tf.float64)))
         effective = Effective(total, batch.times_weighed(self.micro_batch_size))
+        metrics = StepMetrics(model, batch, self.micro_batch_size)
         run = self._run_micro_steps if self._staged is None else self._run_stages
-        (sums, others), logs = run(model, batch, effective, policy)
+        (sums, others), kept, logs = run(model, batch, effective, policy, metrics)
         gradients, (losses, counts) = over_replicas(rules_of(variables), sums, others)
         if sums:
             self._update(model, gradients, counts)
+        logs = metrics.finish(kept, logs)
         if policy.screens:
             left = on_average_replica(losses.weight)
-            return log_loss(model, logs, (losses.total, left), [(v, left) for v in losses.values])
-        # Keras weights these by the batch size where it is static, so as the large batch does.
-        examples = batch.examples
-        weight = examples if isinstance(examples, int) else None
-        values = [(value, weight) for value in losses.values]
-        return log_loss(model, logs, (losses.total, examples), values)
+            values = [(value, left) for value in losses.values]
+            return log_loss(model, logs, (losses.total, left), values, policy)
+        return log_losses_of_batch(model, logs, losses, batch, policy)
 
-    def _run_micro_steps(self, model, batch, effective, policy):
-        """The sums over all micro-batches on this replica, and the logs of the last."""
+    def _run_micro_steps(self, model, batch, effective, policy, metrics):
+        """The sums over all micro-batches on this replica, and what `metrics` keeps and returns."""
 
         def step(micro_batch):
             step = run_micro_step(model, micro_batch, effective)
@@ -182,17 +205,17 @@ class WithinStep:
             contributions, dropped = policy.screen(step.contributions)
             counts = None if dropped is None else (dropped, tf.ones_like(dropped))
             summands = [c.as_summand() for c in contributions]
-            return (summands, (losses, counts)), [], step.logs
+            return (summands, (losses, counts)), *metrics.update(micro_batch, step.y_pred)
 
         summation = Summation(model.trainable_weights)
-        found, _, logs = sum_over_micro_batches(
+        found = sum_over_micro_batches(
             step, batch, self.micro_batch_size, summation.zeros, summation.add
         )
         for layer in batch_norms_of(model):
             layer.end_cycle()
-        return found, logs
+        return found
 
-    def _run_stages(self, model, batch, effective, policy):
+    def _run_stages(self, model, batch, effective, policy, metrics):
         """As `_run_micro_steps`, with the effective batch's batch norm."""
 
         def totals_of(predict, micro_batch):
@@ -201,11 +224,11 @@ class WithinStep:
         def differentiate(predict, micro_batch, totals):
             loss, y_pred = find_loss(model, micro_batch, predict, effective)
             targets, seeds = loss.targets_and_seeds(gradient_scale(model, loss), totals)
-            logs = update_metrics(model, micro_batch, y_pred)
-            return loss.tape, targets, seeds, loss.sums(), logs
+            keep, logs = metrics.update(micro_batch, y_pred)
+            return loss.tape, targets, seeds, loss.sums(), keep, logs
 
         variables = model.trainable_weights
-        gradients, losses, logs = self._staged.gradients(
+        gradients, losses, kept, logs = self._staged.gradients(
             batch,
             self.micro_batch_size,
             variables,
@@ -214,7 +237,7 @@ class WithinStep:
             finite_only=policy.finite_only,
         )
         sums = [Sums(gradients, None)] if variables else []
-        return (sums, (losses, None)), logs
+        return (sums, (losses, None)), kept, logs
 
     def _train_coupled(self, model, batch):
         """As `_train`, with a loss over all examples."""
@@ -225,7 +248,8 @@ class WithinStep:
             gradients, _ = over_replicas(rules_of(variables), sums)
             self._update(model, gradients, counts=None)
         # Keras divides losses by the number of replicas, and logs them undivided.
-        return log_loss(model, step.logs, (undo_averaging(step.total), batch.examples), [])
+        loss = undo_averaging(step.total), batch.examples
+        return log_loss(model, step.logs, loss, [], policy_of(model.non_finite))
 
     def _update(self, model, gradients, counts):
         """Updates with the effective batch's gradients, or drops them.

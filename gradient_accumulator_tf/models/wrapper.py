@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._checks import check_keras_model
 from gradient_accumulator_tf.models.twin import make_twin
 
 # Those that take part in a training step, which is the wrapper's own.
@@ -103,7 +104,7 @@ class ModelWrapper(_keras.AnswersForModel, keras.Model):
     @property
     def input_dtype(self) -> str:
         """The dtype of the wrapped model's inputs, or of inputs to a layer of this policy."""
-        graph = self.model is not None and _keras.is_functional(self.model) and self.model.built
+        graph = self.model is not None and _keras.has_graph(self.model)
         dtypes = {tensor.dtype for tensor in self.model.inputs} if graph else ()
         return next(iter(dtypes)) if len(dtypes) == 1 else super().input_dtype
 
@@ -179,16 +180,12 @@ def _wrapped_model(cls, inputs, outputs, model):
                 "as model=..."
             )
         return keras.Model(inputs=inputs, outputs=outputs)
-    if not isinstance(model, keras.Model):
-        kind = f"{type(model).__module__}.{type(model).__name__}"
-        raise TypeError(
-            f"`model` must be a Keras 3 model. Received: {model!r} (of type {kind}). Models of "
-            "tf_keras (Keras 2) cannot be wrapped: build it with `keras` instead."
-        )
+    check_keras_model(model, "Make it with keras.Model or keras.Sequential.")
     if functional:
         raise ValueError(
             "Either `model` or `inputs` and `outputs` must be given, not both. "
-            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}."
+            f"Received: model={model!r}, inputs={inputs!r}, outputs={outputs!r}. Pass `model` "
+            "alone, or `inputs` and `outputs` alone."
         )
     if isinstance(model, ModelWrapper):
         inside = " or wrap the model in it, model.model," if model.model is not None else ""

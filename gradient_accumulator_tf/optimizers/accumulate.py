@@ -1,22 +1,18 @@
-"""GradientAccumulateOptimizer: when to add a micro-batch's gradients, and when to update."""
+"""GradientAccumulateOptimizer: what a user and Keras call. Its work is done in `cycle.py`."""
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import FixedAttribute, check_choice
 from gradient_accumulator_tf._keras.patches import hook_into_models
-from gradient_accumulator_tf.cycle.accumulator import CycleUpdate, GradientAccumulator, NoSums
 from gradient_accumulator_tf.cycle.gradients import Contribution
-from gradient_accumulator_tf.cycle.non_finite import PROPAGATE, NoDrops, NonFinite, policy_of
+from gradient_accumulator_tf.cycle.non_finite import PROPAGATE, NonFinite, policy_of
 from gradient_accumulator_tf.cycle.schedules import (
     AccumSteps,
     check_accum_steps,
@@ -24,24 +20,11 @@ from gradient_accumulator_tf.cycle.schedules import (
     serialize_accum_steps,
 )
 from gradient_accumulator_tf.cycle.weights import checked_weight
-from gradient_accumulator_tf.optimizers.checkpoint_notes import CheckpointNotes
+from gradient_accumulator_tf.optimizers.cycle import Cycle, cycle_of, cycle_of_model
 from gradient_accumulator_tf.optimizers.cycle_length import CycleLength
-from gradient_accumulator_tf.optimizers.traces import Traces
-from gradient_accumulator_tf.optimizers.trained_variables import TrainedVariables
-from gradient_accumulator_tf.optimizers.update_order import one_by_one
-from gradient_accumulator_tf.optimizers.wrapper import (
-    OptimizerWrapper,
-    as_it_is,
-    check_does_not_accumulate,
-    check_optimizer,
-)
-from gradient_accumulator_tf.replicated.replicas import (
-    check_made_under,
-    check_strategy,
-    number_of_replicas,
-    prepare_fit,
-)
-from gradient_accumulator_tf.replicated.variables import outside_of_tracing
+from gradient_accumulator_tf.optimizers.saved_cycle import SavedCycle
+from gradient_accumulator_tf.optimizers.wrapper import OptimizerWrapper, as_it_is
+from gradient_accumulator_tf.replicated.replicas import check_strategy, prepare_fit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,18 +41,24 @@ _ANOTHER = (
 class GradientAccumulateOptimizer(OptimizerWrapper):
     """A Keras optimizer that updates once every `accum_steps` calls, with the mean gradient.
 
-    The update is that of the inner optimizer on `sum_k w_k g_k / sum_k w_k`, where `g_k` is the
-    gradient that call k of the cycle was given and `w_k` its `weight` (1 unless given). Between
-    updates nothing moves: no weight, no slot, not `iterations`, no weight decay, no moving
+    A cycle is `accum_steps` calls. Its last call updates the inner optimizer once, with the mean
+
+        sum_k w_k g_k / sum_k w_k
+
+    where `g_k` is the gradient that call k was given, and `w_k` its `weight` (1 by default).
+    Between updates nothing moves: no weight, no slot, not `iterations`, no weight decay, no moving
     average. Clipping, weight decay and averaging act once, on the mean.
 
-    The result equals that of the inner optimizer on the effective batch if each `g_k` is the
-    gradient of a mean over micro-batch k and `w_k` is what that mean was divided by (examples, or
-    tokens); with equal micro-batches and no masks the default weight does. It does not if a
-    layer looks across examples (BatchNormalization) or draws random numbers (Dropout). Embedding
-    gradients (`tf.IndexedSlices`) are scattered into the sum, so that the update is the dense
-    gradient's: Adam on the sparse gradient of a large batch squares repeated rows before it sums
-    them, and differs.
+    The result equals that of the inner optimizer on the effective batch under two conditions:
+
+    - `g_k` is the gradient of a mean over micro-batch k, and `w_k` is what that mean was divided by
+      (examples, or tokens). The default weight is right if all micro-batches have the same size
+      and there are no masks.
+    - No layer looks across examples (BatchNormalization) or draws random numbers (Dropout).
+
+    Embedding gradients (`tf.IndexedSlices`) are scattered into the sum. So the update is that of
+    the dense gradient. Adam on the sparse gradient of a large batch differs from it: it squares
+    repeated rows before it adds them up.
 
     ```python
     x, y = np.ones((256, 8)), np.ones((256, 1))
@@ -79,7 +68,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     model.fit(x, y, batch_size=4)  # an update every 8 batches, so for every 32 examples
     ```
 
-    In a loop of your own, give each micro-batch's gradients to it and flush at the end:
+    `fit` leaves a partial cycle open at the end of an epoch. The cycle goes on in the next epoch.
+    At the end of the training `fit` flushes it: it updates with the mean over what is there.
+
+    A loop of your own passes each micro-batch's gradients to `apply`, and flushes at the end:
 
     ```python
     loss_fn = keras.losses.MeanSquaredError()
@@ -91,51 +83,48 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     optimizer.flush()
     ```
 
-    `fit` leaves a partial cycle open at the end of an epoch, so that a cycle may go on in the
-    next one, and flushes at the end of the fit.
-
-    If a variable gets no gradient (None) in a whole cycle, it is left alone as by Keras. Within
-    `tf.function`, where only the traced call is known, this holds if the variables without a
-    gradient in the call that ends the cycle all got none in that cycle; otherwise the mean of
-    each of them is taken, which is zero for one that got none.
+    A variable that gets no gradient (None) in a whole cycle is not updated, as in Keras. There is
+    one exception, in a `tf.function`, which knows only the call that is traced: if some variables
+    without a gradient in the call that ends the cycle got one earlier in the cycle, all of them
+    are updated with their mean. The mean is zero for a variable that got none.
 
     Args:
         optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
-        accum_steps: Integer >= 1, the micro-batches per update. 1 is the inner optimizer, until
-            another number is set. Or a schedule: a dict `{first_update: steps}`, or a callable of
-            the number of updates, such as an `AccumStepsSchedule`. A cycle keeps the length that
-            it began with.
-        reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`; "sum" with
-            `sum_k w_k g_k`, which is the effective batch's gradient if the loss sums over
+        accum_steps: The micro-batches per update: an integer >= 1, or a schedule. With 1 the
+            optimizer is the inner optimizer, until another number is set. A schedule is a dict
+            `{first_update: steps}`, or a callable of the number of updates, such as an
+            `AccumStepsSchedule`. A cycle keeps the length that it began with.
+        reduction: "mean" (default) updates with `sum_k w_k g_k / sum_k w_k`. "sum" updates with
+            `sum_k w_k g_k`, which is the effective batch's gradient if the loss is a sum over
             examples.
-        non_finite: What becomes of gradients that hold an inf or a nan. "propagate" (default)
-            updates with them, as the large batch would. "drop_micro_batch" leaves a micro-batch
+        non_finite: What happens to gradients that contain an inf or a nan. "propagate" (default)
+            updates with them, as the large batch would. "drop_micro_batch" leaves the micro-batch
             out of the mean: its weight is 0. "drop_cycle" makes no update with a mean that is
-            not finite. Nor does "drop_micro_batch" where nothing finite is left.
+            not finite. "drop_micro_batch" makes none if no micro-batch of the cycle is finite.
         name: Optional name.
         **kwargs: Not accepted. Set clipping, weight decay, moving averages and the loss scale on
             the inner optimizer.
 
     Attributes:
         inner_optimizer: The wrapped optimizer.
-        accum_steps: Micro-batches per update; an integer can be set, between fits or within one.
+        accum_steps: Micro-batches per update. An integer can be set, between fits or within one.
         steps_in_cycle: int64 scalar tensor, the micro-batches that the current cycle takes.
         reduction: "mean" or "sum".
         non_finite: "propagate", "drop_micro_batch" or "drop_cycle".
         dropped_micro_steps: int64 scalar tensor, the micro-batches that were dropped, over all
-            replicas; counted as their cycle ends.
+            replicas. They are counted when their cycle ends.
         dropped_cycles: int64 scalar tensor, the cycles that ended without an update.
         iterations: int64 scalar variable, the number of updates.
         micro_step: int64 scalar tensor, the micro-batches in the current cycle.
         just_updated: Scalar bool tensor, whether the last `apply` ended in an update.
         ended_in_update: The same as a bool, for callbacks.
-        learning_rate: The inner optimizer's; can be set.
+        learning_rate: The inner optimizer's. It can be set.
 
     Raises:
         TypeError: If `accum_steps` is neither an integer nor a schedule that can be traced, or
-            `optimizer` not a Keras 3 optimizer.
-        ValueError: If `accum_steps` < 1, the inner optimizer accumulates or scales losses, or
-            the strategy in force is a ParameterServerStrategy or CentralStorageStrategy.
+            if `optimizer` is not a Keras 3 optimizer.
+        ValueError: If `accum_steps` < 1, if the inner optimizer accumulates or scales losses, or
+            if the strategy in force is a ParameterServerStrategy or CentralStorageStrategy.
 
     Reference:
         Design of accumulation as an optimizer: [optax.MultiSteps](
@@ -155,70 +144,46 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         accum_steps = check_accum_steps(accum_steps, "micro-batches per update")
         check_choice("reduction", reduction, ("mean", "sum"))
         policy = policy_of(non_finite)
-        optimizer = _checked_inner_optimizer(optimizer)
         check_strategy()
+        super().__init__(optimizer, name, kwargs)
         prepare_fit()
-        example = "GradientAccumulateOptimizer(keras.optimizers.Adam(clipnorm=1.0), accum_steps=8)"
-        super().__init__(optimizer, name, kwargs, example)
-        self._length = CycleLength(accum_steps)
         self._reduction = reduction
-        self._policy = policy
-        self._trained = TrainedVariables(self)
-        self._accumulator = self._no_sums()
-        self._drops = NoDrops()
-        self._loss_scaler: Callable[[], Any] | None = None
-        self._followers: Callable[[], Any] = tuple
-        self._state_to_load: dict[str, Any] | None = None
-        self._weights_to_set: list[Any] | None = None
-        self._groups_to_make = 0
-        self._strategy = tf.distribute.get_strategy()
-        self.traces = Traces()
-        self._notes = CheckpointNotes(self._write_notes, self._read_notes)
+        self._cycle = Cycle(self, CycleLength(accum_steps), policy, self._track)
+        self._saved = SavedCycle(self, self._cycle)
+        self._notes = self._saved.notes
+        self._track()
+
+    def _track(self):
+        """Keeps what has variables in attributes, whose names are the ones in checkpoints."""
+        self._accumulator, self._drops = self._cycle.accumulator, self._cycle.drops
 
     @property
     def accum_steps(self) -> Any:
         """Micro-batches per update: an integer, which can be set, or a schedule.
 
-        What is set holds from the next cycle on, without a new trace. An optimizer that was built
-        with `accum_steps=1` keeps no sums until another number is set: then it makes them, and
-        the models that it trains make their training step anew.
+        A number that is set holds from the next cycle on, without a new trace. An optimizer that
+        was built with `accum_steps=1` keeps no sums until another number is set. Then it makes
+        them, and the models that it trains make their training step anew.
 
         Raises:
             TypeError: On setting it to anything but an integer, or in place of a schedule.
-            ValueError: On setting it to less than 1; or to more, where there are no sums and a
-                `tf.function` of your own was traced without them.
+            ValueError: On setting it to less than 1; or to more than 1, if there are no sums and
+                a `tf.function` of your own was traced without them.
         """
-        return self._length.accum_steps
+        return self._cycle.length.accum_steps
 
     @accum_steps.setter
     def accum_steps(self, value: int) -> None:
-        self._take_accum_steps(self._length.checked(value, type(self).__name__))
+        self._cycle.set_steps(self._cycle.length.checked(value, type(self).__name__))
 
     @property
     def steps_in_cycle(self) -> tf.Tensor:
         """int64 scalar tensor: micro-batches in the current cycle once it is complete.
 
-        Between cycles it is the last one's; 0 before the first and after `reset`. Always 1 if the
-        optimizer keeps no sums (`accum_steps=1`).
+        Between cycles it is the last cycle's. It is 0 before the first cycle and after `reset`. It
+        is always 1 if the optimizer keeps no sums (`accum_steps=1`).
         """
         return self._accumulator.in_cycle()[1]
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether gradients are added up.
-
-        False if every gradient goes straight to the inner optimizer (`accum_steps=1`, one replica,
-        `non_finite="propagate"`). With several replicas `accum_steps=1` accumulates too: gradients
-        are summed over replicas before clipping, and weighed by every replica's examples.
-        """
-        if self.built:
-            return self._accumulator.keeps_sums
-        if self._groups_to_make or _holds_open_cycle(self._state_to_load or {}):
-            return True
-        if any(weight.dtype == bool for weight in self._weights_to_set or ()):
-            return True  # only sums have such a variable: which of them were begun
-        one_by_one = self.accum_steps == 1 and self._policy is PROPAGATE
-        return not one_by_one or number_of_replicas() > 1
 
     reduction = FixedAttribute[str](
         "_reduction",
@@ -226,7 +191,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         _ANOTHER,
     )
     non_finite = FixedAttribute[str](
-        "_policy.name", "What becomes of gradients that are not finite.", _ANOTHER
+        "_cycle.policy.name", "What becomes of gradients that are not finite.", _ANOTHER
     )
 
     @property
@@ -248,11 +213,10 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def just_updated(self) -> tf.Tensor:
         """Scalar bool tensor: whether the last `apply` (or `flush`) ended a cycle in an update.
 
-        For a `train_step` of your own: what a plain one does after each update, do where it holds.
-        It is right in eager code, in a `tf.function` behind the `apply` in it, under XLA and on
-        every replica. False before the first `apply` and after `reset`. An update that was
-        dropped, by a loss scale or by `non_finite`, ended its cycle as well: a large batch's
-        `train_step` would go on all the same.
+        A `train_step` of your own needs it for what it does after each update. It is right in
+        eager code, in a `tf.function` after `apply`, under XLA and on every replica. It is False
+        before the first `apply` and after `reset`. It is True also if the update was dropped, by a
+        loss scale or by `non_finite`: a large batch's `train_step` would go on as well.
 
         ```python
         variable, average = tf.Variable(1.0), tf.Variable(1.0)
@@ -269,11 +233,11 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def ended_in_update(self) -> bool:
         """Whether the last micro-batch ended its cycle in an update: a bool, for callbacks.
 
-        With `steps_per_execution` callbacks see only the last of several batches; `iterations`
-        tells of the others. An update that a loss scale dropped ended its cycle as well.
+        With `steps_per_execution` callbacks see only the last of several batches. `iterations`
+        counts the updates of the others. It is True also if a loss scale dropped the update.
 
         Raises:
-            RuntimeError: Within a `tf.function`, where `just_updated` tells.
+            RuntimeError: Within a `tf.function`. Read `just_updated` there.
         """
         if not tf.executing_eagerly():
             raise RuntimeError(
@@ -287,12 +251,12 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
     def variables(self) -> list[Any]:
         """The inner optimizer's variables, then those of the cycle.
 
-        The same from build on, but for an optimizer that kept no sums and begins to, and for the
-        sums for further denominators. These come with the losses that need them. A
-        `LossScaleOptimizer` is not told of them, as it saves by number.
+        The list is complete after `build`, with two exceptions. An optimizer that kept no sums may
+        begin to. Sums for further denominators come with the losses that need them. A
+        `LossScaleOptimizer` does not see the latter, because it saves variables by number.
         """
         further = self._accumulator.variables_of_further_groups
-        further = further if self._loss_scaler is None else []
+        further = further if self._cycle.loss_scaler is None else []
         return [*self._variables_from_build, *further]
 
     @property
@@ -307,67 +271,50 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             variables: List of the trainable variables, Keras's or TensorFlow's.
 
         Raises:
-            ValueError: If the inner optimizer was made under another strategy.
+            ValueError: If the inner optimizer accumulates, or was made under another strategy.
         """
+        super().build(variables)
         if self.built:
-            return
-        variables = list(variables)
-        if not variables:
-            return  # as where Keras loads a legacy HDF5 file, before it knows of any
-        check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
-        check_does_not_accumulate(self.inner_optimizer)
-        with outside_of_tracing():
-            if not self.inner_optimizer.built:
-                self.inner_optimizer.build(variables)
-        self._trainable_variables = variables
-        self._trained = TrainedVariables(self, variables)
-        if self.accumulates:
-            self._make_sums()
-        self.built = True
-        if self._state_to_load is not None:
-            # Once and now, also where Keras builds the optimizer in a graph.
-            with tf.init_scope():
-                self._load_state(self._state_to_load)
-            self._state_to_load = None
-        if self._weights_to_set is not None:
-            weights, self._weights_to_set = self._weights_to_set, None
-            with tf.init_scope():
-                self.set_weights(weights)
+            self._saved.load_kept()
+
+    def _make_variables(self, variables):
+        self._cycle.build(variables)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets `variables` from a list of arrays in the same order; before `build`, at `build`.
+        """Sets `variables` from a list of arrays in the same order.
 
-        The list may hold the sums of an open cycle for more denominators than there are yet.
+        Before `build` the list is kept, and set by `build`. It may hold the sums of an open cycle
+        for more denominators than there are yet.
         """
         if not self.built:
-            # Past `__setattr__`, which would take the list for state to save.
-            self.__dict__["_weights_to_set"] = [np.array(w) for w in weights]
+            self._saved.keep_weights(weights)
             return
         if len(weights) > len(self.variables):
-            self._begin_to_accumulate()
+            self._cycle.begin_to_accumulate()
             self._accumulator.make_groups_for(len(weights) - len(self._variables_from_build))
         super().set_weights(weights)
 
     def rebuild(self, variables: Iterable[Any]) -> None:
-        """Takes variables that it was not built with, and keeps what it knows of the others.
+        """Takes variables that it was not built with, and keeps the state of the others.
 
-        For a model of which some variables were made trainable, before it is compiled again with
-        this optimizer; a `GradientAccumulateModel` calls it in `compile`. Kept are the number of
-        updates, the learning rate, and the slots and sums of the variables that it has already;
-        those that are not among `variables` are forgotten. The inner optimizer is replaced by a
-        copy. Functions that were traced before must not be called again.
+        Call it if some variables of a model were made trainable, before the model is compiled
+        again with this optimizer. `GradientAccumulateModel.compile` does so by itself. The
+        optimizer keeps the number of updates, the learning rate, and the slots and sums of the
+        variables that it has already. It forgets those that are not among `variables`. A copy
+        takes the place of the inner optimizer. Functions that were traced before must not be
+        called again.
 
         Args:
-            variables: List of all trainable variables. Nothing is done if none is new.
+            variables: List of all trainable variables. Nothing happens if none is new.
 
         Raises:
             ValueError: If the inner optimizer cannot be copied by its config.
         """
         variables = list(variables)
-        indices = self._trained.indices_of(variables)
+        indices = self._cycle.indices_of(variables)
         if not self.built or None not in indices:
             return
-        with self._in_strategy():
+        with self._cycle.in_strategy():
             try:
                 copy = _keras.rebuilt_optimizer(self.inner_optimizer, variables)
             except (TypeError, ValueError) as error:
@@ -376,8 +323,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
                     f"{type(self.inner_optimizer).__name__}, which failed with: {error} Compile "
                     "with a new optimizer."
                 ) from error
-            accumulator, self._accumulator = self._accumulator, self._no_sums()
-            self._groups_to_make = accumulator.number_of_groups
+            accumulator = self._cycle.build_anew()
             self.inner_optimizer, self.built = copy, False
             self.build(variables)
             if accumulator.keeps_sums:
@@ -393,9 +339,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         Returns:
             `iterations`, the number of updates.
         """
-        gradients, variables = zip(*grads_and_vars, strict=True)
-        self.apply(gradients, variables, weight=weight)
-        return self.iterations
+        return self._apply_pairs(grads_and_vars, weight=weight)
 
     @as_it_is
     def apply(
@@ -409,110 +353,57 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         Args:
             grads: List of gradients: tensors in the variables' shapes, `tf.IndexedSlices`, or
                 None for a variable that this micro-batch does not reach.
-            trainable_variables: List of the variables in the same order; needed in the first
+            trainable_variables: List of the variables in the same order. Needed in the first
                 call unless `build` was called.
-            weight: Scalar, 0 or from 1e-20 to 1e20 (a number or a tensor of any real dtype), that
-                this micro-batch counts for in the cycle's mean: its examples or tokens. None
-                counts as 1. What counts 0 adds nothing, whatever its gradients are; a cycle of
-                nothing else is an update with gradients of zero, as by the large batch.
+            weight: Scalar, a number or a tensor of any real dtype: what this micro-batch counts
+                for in the cycle's mean, such as its examples or tokens. It is 0, or from 1e-20 to
+                1e20. None counts as 1. A micro-batch that counts 0 adds nothing, whatever its
+                gradients are. A cycle of such micro-batches alone is an update with gradients of
+                zero, as with the large batch.
 
         Raises:
-            TypeError: If `weight` is no real number.
-            ValueError: If a variable is not among those the optimizer was built with, a gradient
-                has not the shape of its variable, all gradients are None, or `weight` is another
-                number or no scalar.
-            tf.errors.InvalidArgumentError: If `weight` is a tensor of another number, when it is
-                known. XLA cannot raise, and updates with nan.
+            TypeError: If `weight` is not a real number.
+            ValueError: If a variable is not among those that the optimizer was built with, if a
+                gradient does not have the shape of its variable, if all gradients are None, or if
+                `weight` is not a scalar or out of range.
+            tf.errors.InvalidArgumentError: If `weight` is a tensor whose value is out of range.
+                It is raised when the value is known. XLA cannot raise, and updates with nan.
         """
         grads = list(grads)
         if not grads:
             return
-        weight = checked_weight(weight, finite=not self._policy.finite_only)
+        variables = self._given_or_known(trainable_variables)
+        weight = checked_weight(weight, finite=not self._cycle.policy.finite_only)
         contribution = Contribution(grads, weight, averaged=self._reduction == "mean")
-        self.apply_contributions([contribution], trainable_variables)
-
-    def apply_contributions(
-        self,
-        contributions: Sequence[Contribution],
-        trainable_variables: Iterable[Any] | None = None,
-    ) -> None:
-        """`apply` for a micro-batch whose loss has several denominators.
-
-        Args:
-            contributions: List of `Contribution`, always in one order. One only if there is
-                nothing to accumulate: with `accum_steps=1` on one replica.
-            trainable_variables: The variables of each contribution's gradients; as for `apply`.
-        """
-        aligned = [
-            c._replace(gradients=self._aligned(c.gradients, trainable_variables))
-            for c in contributions
-        ]
-        contributions, dropped = self._policy.screen(aligned)
-        self._accumulator.take(
-            contributions, dropped, lambda: self._length.next(self.iterations), self._cycle_update()
-        )
+        self._cycle.take([contribution], variables)
 
     @as_it_is
     def flush(self) -> None:
-        """Updates with the mean over a partial cycle, if there is one; it then starts anew."""
-        with self._in_strategy():
-            self._accumulator.flush(self._cycle_update())
+        """Updates with the mean over a partial cycle, if there is one. A new cycle begins."""
+        self._cycle.flush()
 
     @as_it_is
     def reset(self) -> None:
         """Drops what a partial cycle holds, without an update."""
-        with self._in_strategy():
-            self._accumulator.drop()
-            for follower in self._followers():
-                follower.reset()
-
-    def lead(self, followers: Sequence[Any]) -> None:
-        """Tells other state of a cycle when it ends.
-
-        Args:
-            followers: List of objects with `end_cycle()`, called on every replica in each update,
-                and `reset()`, called when a partial cycle is dropped.
-        """
-        self._followers = lambda: followers
-
-    def scaled_by(self, loss_scaler: Any) -> None:
-        """Takes gradients scaled by the `LossScaleOptimizer` that is around this optimizer.
-
-        They are summed as they are. At the update the loss scaler looks at the mean, divides it
-        by its scale or drops it, and changes the scale, as it does for a large batch.
-        """
-        self._loss_scaler = weakref.ref(loss_scaler)
+        self._cycle.drop()
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Flushes a partial cycle, then finalizes the inner optimizer; `fit` calls it last."""
+        """Flushes a partial cycle, then finalizes the inner optimizer. `fit` calls it last."""
         self.flush()
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the inner optimizer's state as it would itself and, in mid-cycle, the cycle's.
 
-        A file written between cycles is thus the inner optimizer's own, and loads into it, unless
-        there is more to tell: `accum_steps`, if it was set, and what was dropped.
+        So a file that is written between cycles is the inner optimizer's, and loads into it. It
+        has more only if `accum_steps` was set, or if something was dropped.
         """
-        self.inner_optimizer.save_own_variables(store)
-        if int(self.micro_step):
-            for name, variable in self._accumulator.state.items():
-                store[name] = variable.numpy()
-        if self._length.set_by_hand is not None:
-            store["accum_steps"] = np.int64(self._length.set_by_hand)
-        dropped = self._drops.state
-        if any(int(variable.numpy()) for variable in dropped.values()):
-            for name, variable in dropped.items():
-                store[name] = variable.numpy()
+        super().save_own_variables(store)
+        self._saved.write(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what this optimizer or its inner optimizer wrote; before `build`, at `build`."""
-        state = {name: np.array(store[name]) for name in store.keys()}
-        if self.built:
-            self._load_state(state)
-        else:
-            self._state_to_load = state
-            self._take_saved_steps(state.get("accum_steps"))
+        """Reads what this optimizer or its inner optimizer wrote. Before `build`, `build` does."""
+        self._saved.read(store)
 
     def get_config(self) -> dict[str, Any]:
         """Config with the serialised inner optimizer."""
@@ -520,7 +411,7 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
             **super().get_config(),
             "accum_steps": serialize_accum_steps(self.accum_steps),
             "reduction": self._reduction,
-            "non_finite": self._policy.name,
+            "non_finite": self.non_finite,
         }
 
     @classmethod
@@ -531,154 +422,13 @@ class GradientAccumulateOptimizer(OptimizerWrapper):
         steps = deserialize_accum_steps(config["accum_steps"], custom_objects)
         return super().from_config({**config, "accum_steps": steps}, custom_objects)
 
-    def _take_accum_steps(self, steps):
-        if self.built and steps > 1:
-            self._begin_to_accumulate()
-        self._length.set(steps)
-
-    def _take_saved_steps(self, steps):
-        """Takes the number of a file, or None, unless the constructor was given a schedule."""
-        if steps is not None and not self._length.is_schedule:
-            self._take_accum_steps(int(steps))
-
-    def _no_sums(self):
-        def note():
-            if self.built:
-                self.traces.note()
-
-        return NoSums(lambda: self.iterations, note)
-
-    def _make_sums(self):
-        accumulator = GradientAccumulator(self._trainable_variables)
-        accumulator.make_groups(self._groups_to_make)
-        if self.built and self.iterations.numpy():
-            accumulator.steps_in_cycle.assign(1)  # the last micro-batch was a cycle
-        # A checkpoint that was restored before writes its values here.
-        self._accumulator = accumulator
-        if isinstance(self._drops, NoDrops):
-            self._drops = self._policy.new_counts()
-        self._length.make_variable()
-
-    def _begin_to_accumulate(self):
-        """Makes the sums of an optimizer that was built without, unless it has them by now."""
-        if self._accumulator.keeps_sums:
-            return
-        if self.traces.of_users:
-            raise ValueError(
-                "A tf.function that was traced with accum_steps=1 keeps no sums, and cannot begin "
-                "to accumulate. Received: more than one micro-batch per update, for an optimizer "
-                "that such a function of your own calls. Trace a new function with "
-                f"{type(self).__name__}(optimizer.inner_optimizer, accum_steps=...), which keeps "
-                "the inner optimizer's state; or begin with the schedule accum_steps={0: 1, ...}."
-            )
-        with self._in_strategy(), tf.init_scope():
-            self._make_sums()
-        self.traces.renew(accumulating_optimizer_of)
-
-    def _write_notes(self):
-        groups = self._accumulator.number_of_groups
-        return {"accum_steps": self._length.set_by_hand, "groups": groups}
-
-    def _read_notes(self, notes):
-        """Makes ready for the variables of a checkpoint."""
-        self._take_saved_steps(notes["accum_steps"])
-        self._groups_to_make = notes["groups"]
-        if not self.built:
-            return
-        if self._groups_to_make:
-            self._begin_to_accumulate()
-            self._accumulator.make_groups(self._groups_to_make)
-        else:
-            self._accumulator.drop()
-
     def _shown_arguments(self):
         shown = {"accum_steps": self.accum_steps}
         if self._reduction != "mean":
             shown["reduction"] = self._reduction
-        if self._policy is not PROPAGATE:
-            shown["non_finite"] = self._policy.name
+        if self.non_finite != PROPAGATE.name:
+            shown["non_finite"] = self.non_finite
         return shown
-
-    def _aligned(self, grads, variables):
-        """The gradients in the order of the variables that the optimizer was built with."""
-        if variables is None:
-            if not self.built:
-                raise ValueError(
-                    "The optimizer must be built before `apply` is called without "
-                    "`trainable_variables`. Received: gradients only. Pass the variables, or "
-                    "call `optimizer.build(model.trainable_variables)` first."
-                )
-            variables = self._trainable_variables
-        variables = list(variables)
-        if not self.built:
-            self.build(variables)
-        return self._trained.aligned(grads, variables)
-
-    def _in_strategy(self):
-        """The scope of the strategy that the variables were made in, where none is entered."""
-        if tf.distribute.has_strategy():
-            return contextlib.nullcontext()
-        return self._strategy.scope()
-
-    def _cycle_update(self):
-        return CycleUpdate(of_sums=self._end_cycle, at_once=self._apply_to_inner)
-
-    def _end_cycle(self, run, received):
-        """Updates with the cycle's means and starts a new cycle; see `Accumulator.take`."""
-        accumulator = self._accumulator
-
-        def start_anew():
-            accumulator.reset()
-            for follower in self._followers():
-                follower.end_cycle()
-
-        def update(indices, certain):
-            def result():
-                micro_steps = tf.cast(accumulator.micro_step.value(), tf.float64)
-                everywhere = micro_steps * number_of_replicas()
-                return *accumulator.finish(indices, certain), everywhere
-
-            self._drops.update_across(run, result, self._apply_to_inner, self._scaler())
-            run(start_anew)
-
-        accumulator.if_received(self._trained.movable, received, update)
-
-    def _apply_to_inner(self, gradients):
-        """Hands gradients that are summed over replicas to the inner optimizer.
-
-        By way of the loss scaler, if there is one.
-        """
-        scaler = self._scaler()
-        optimizer = self.inner_optimizer
-        if scaler is not None:
-            optimizer = _keras.scaler_around(scaler, optimizer)
-        movable = self._trained.movable
-        trained = [
-            (gradient, variable)
-            for i, (gradient, variable) in enumerate(
-                zip(gradients, self._trainable_variables, strict=True)
-            )
-            if gradient is not None or i in movable
-        ]
-        if trained:
-            with _keras.replicas_agree(self.inner_optimizer), one_by_one(optimizer):
-                optimizer.apply(*map(list, zip(*trained, strict=True)))
-
-    def _scaler(self):
-        """The `LossScaleOptimizer` around this optimizer, or None; Keras saves properties."""
-        return None if self._loss_scaler is None else self._loss_scaler()
-
-    def _load_state(self, state):
-        # The inner optimizer names its variables "0", "1", ...
-        own = {name: value for name, value in state.items() if not name.isdecimal()}
-        self.inner_optimizer.load_own_variables({k: v for k, v in state.items() if k not in own})
-        self._take_saved_steps(own.get("accum_steps"))
-        if _holds_open_cycle(own):
-            self._begin_to_accumulate()
-        for name, variable in self._drops.state.items():
-            variable.assign(own.get(name, 0))
-        if self._accumulator.keeps_sums:
-            self._accumulator.load(own)
 
 
 def accumulating_optimizer(optimizer):
@@ -694,17 +444,5 @@ def accumulating_optimizer_of(model):
     return accumulating_optimizer(vars(model).get("optimizer"))
 
 
-def _holds_open_cycle(state):
-    """Whether a dict of what was saved has the sums of a cycle in it."""
-    return "micro_step" in state
-
-
-def _checked_inner_optimizer(optimizer):
-    """The Keras optimizer that `optimizer` names, or an error that says what to pass."""
-    optimizer = check_optimizer(optimizer, "LossScaleOptimizer(GradientAccumulateOptimizer(...))")
-    check_does_not_accumulate(optimizer)
-    return optimizer
-
-
-_keras.route_loss_scaling(GradientAccumulateOptimizer)
-hook_into_models(keras.Model, accumulating_optimizer_of)
+_keras.route_loss_scaling(GradientAccumulateOptimizer, cycle_of)
+hook_into_models(keras.Model, cycle_of_model)

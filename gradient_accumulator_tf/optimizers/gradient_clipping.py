@@ -13,15 +13,9 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import check_number
 from gradient_accumulator_tf.cycle.gradients import accumulation_dtype
-from gradient_accumulator_tf.optimizers.wrapper import (
-    OptimizerWrapper,
-    as_it_is,
-    check_does_not_accumulate,
-    check_optimizer,
-)
-from gradient_accumulator_tf.replicated.replicas import check_made_under
+from gradient_accumulator_tf.optimizers.wrapper import OptimizerWrapper, as_it_is
 
-# The axes that count a kernel's units, where it is not the last one alone.
+# The axes that count a kernel's units. For all other kernels it is the last axis.
 UNIT_AXES = {
     r"depthwise|dwconv|conv_dw": (-2, -1),
     r"transpose": (-2,),
@@ -32,11 +26,11 @@ UNIT_AXES = {
 def unit_norms(tensor, unit_axes=(-1,)):
     """Euclidean norm of the weights of each unit, in a shape that broadcasts to `tensor`'s.
 
-    Of a tensor with fewer than two axes longer than 1 (biases, gains) it is the norm of the whole.
+    A tensor with fewer than two axes longer than 1 (a bias, a gain) is one unit.
 
     Args:
         tensor: Tensor of static shape.
-        unit_axes: Axes that count the units; the norm is over all others.
+        unit_axes: Axes that count the units. The norm is taken over all others.
     """
     rank = tensor.shape.rank
     units = {axis % rank for axis in unit_axes} if rank else set()
@@ -49,7 +43,7 @@ def unit_norms(tensor, unit_axes=(-1,)):
 
 
 def clip_units(gradient, weights, clip_factor, epsilon, unit_axes=(-1,)):
-    """`gradient`, each unit's part scaled down to `clip_factor` times the norm of its weights.
+    """Scales down each unit's gradient to at most `clip_factor` times the norm of its weights.
 
         g_i  ->  g_i min(1, clip_factor max(||w_i||, epsilon) / ||g_i||)
 
@@ -57,7 +51,7 @@ def clip_units(gradient, weights, clip_factor, epsilon, unit_axes=(-1,)):
         gradient: Tensor of the weights' shape.
         weights: Tensor.
         clip_factor: The largest ratio of the two norms.
-        epsilon: The least norm of weights, so that a unit of zeros can learn.
+        epsilon: The least norm of weights. With it a unit of zeros can learn.
         unit_axes: See `unit_norms`.
     """
     largest = clip_factor * tf.maximum(unit_norms(weights, unit_axes), epsilon)
@@ -70,15 +64,17 @@ def clip_units(gradient, weights, clip_factor, epsilon, unit_axes=(-1,)):
 class AdaptiveGradientClipping(OptimizerWrapper):
     """An optimizer that clips each unit's gradient to a fraction of the norm of its weights.
 
-    For unit i of a layer (one output of a dense layer, one filter of a convolution) with weights
-    `w_i` and gradient `g_i`:
+    A unit is one output of a dense layer, or one filter of a convolution. The gradient `g_i` of a
+    unit with weights `w_i` becomes
 
         g_i  ->  g_i min(1, clip_factor max(||w_i||, epsilon) / ||g_i||)
 
-    before the inner optimizer, whose own clipping comes after. Inside of either wrapper it clips
-    the mean over the cycle and all replicas, and the result equals that of this optimizer on the
-    effective batch; clipping each micro-batch would not. By itself it clips what Keras would:
-    under a strategy, the sum over replicas.
+    Then it goes to the inner optimizer. If that clips as well, it clips after this optimizer.
+
+    Put it inside of the accumulation. There it clips the mean over the cycle and all replicas, and
+    the result equals that of this optimizer on the effective batch. Clipping each micro-batch
+    gives another result. Without accumulation it clips what Keras would clip: under a strategy,
+    the sum over replicas.
 
     ```python
     clipped = AdaptiveGradientClipping(
@@ -87,34 +83,40 @@ class AdaptiveGradientClipping(OptimizerWrapper):
     optimizer = GradientAccumulateOptimizer(clipped, accum_steps=8)
     ```
 
-    The units of a kernel are its last axis: `(inputs, units)` of a dense layer, `(height, width,
-    inputs, filters)` of a convolution. Of a depthwise kernel they are its last two axes, of a
-    transposed convolution its last but one, and of the query, key and value kernels of attention
-    its heads and their features; these are told by the names of the variable and its layer. A
-    bias or gain is one unit.
+    The units of a kernel are counted by its last axis: `(inputs, units)` of a dense layer,
+    `(height, width, inputs, filters)` of a convolution. There are three exceptions, which are
+    told by the names of the variable and its layer:
+
+    - a depthwise kernel: its last two axes;
+    - a transposed convolution: its last axis but one;
+    - query, key and value kernels of attention: the heads and their features.
+
+    A bias or a gain is one unit.
 
     Args:
         optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
-        clip_factor: Number > 0 (default 0.01, as in the paper for batches of 4096; larger
-            ones suit smaller batches).
+        clip_factor: Number > 0 (default 0.01), the largest norm of a unit's gradient, divided by
+            the norm of its weights. The paper uses the default for batches of 4096. A larger
+            number suits smaller batches.
         epsilon: Number > 0 (default 1e-3), the least norm of weights.
-        exclude: List of what is not clipped: regular expressions, searched in the variables'
-            paths (such as `"bias"`, or `"predictions"` for the layer of that name), or layers.
-            The paper leaves out the last layer.
-        unit_axes: Dict of the axes that count units by a regular expression, searched in the
-            names of a variable's layer and the variable itself ("my_layer/kernel"), ahead of the
-            rules above. The axes are negative integers, one or a list.
+        exclude: List of what is not clipped. An entry is a layer, or a regular expression that is
+            searched in the paths of variables, such as `"bias"`, or `"predictions"` for the layer
+            of that name. The paper excludes the last layer.
+        unit_axes: Dict of a regular expression to the axes that count units: a negative integer,
+            or a list of them. The expression is searched in the names of a variable's layer and
+            of the variable ("my_layer/kernel"). It takes precedence over the rules above.
         name: Optional name.
-        **kwargs: None is taken.
+        **kwargs: Not accepted. Set clipping, weight decay and moving averages on the inner
+            optimizer.
 
     Attributes:
         inner_optimizer: The wrapped optimizer.
 
     Raises:
-        TypeError: If `optimizer` is not a Keras 3 optimizer, or an argument of another type.
-        ValueError: If a number is not positive, the inner optimizer accumulates or scales losses;
-            and from `build`, if an entry of `exclude` or `unit_axes` matches no variable, or one
-            of `unit_axes` a kernel of fewer axes.
+        TypeError: If `optimizer` is not a Keras 3 optimizer, or an argument has another type.
+        ValueError: If a number is not positive, or if the inner optimizer accumulates or scales
+            losses. From `build`: if an entry of `exclude` or `unit_axes` matches no variable, or
+            if `unit_axes` names an axis that the kernel does not have.
 
     Reference:
         [Brock et al., 2021](https://arxiv.org/abs/2102.06171), High-performance large-scale image
@@ -124,6 +126,7 @@ class AdaptiveGradientClipping(OptimizerWrapper):
     def __init__(
         self,
         optimizer: Any,
+        *,
         clip_factor: float = 0.01,
         epsilon: float = 1e-3,
         exclude: Iterable[str | keras.Layer] = (),
@@ -131,39 +134,50 @@ class AdaptiveGradientClipping(OptimizerWrapper):
         name: str | None = None,
         **kwargs: NoReturn,
     ) -> None:
-        optimizer = check_optimizer(optimizer, "LossScaleOptimizer(AdaptiveGradientClipping(...))")
-        if hasattr(optimizer, "accum_steps"):
+        if isinstance(optimizer, OptimizerWrapper) and hasattr(optimizer, "accum_steps"):
             raise ValueError(
-                "Adaptive gradient clipping acts on the mean over a cycle, so its place is inside "
-                f"of the accumulation. Received: {type(optimizer).__name__}. Pass "
+                "Adaptive gradient clipping acts on the mean over a cycle. Its place is inside of "
+                f"the accumulation. Received: {type(optimizer).__name__}. Pass "
                 f"{type(optimizer).__name__}(AdaptiveGradientClipping(...), accum_steps=...)."
             )
-        check_does_not_accumulate(optimizer)
-        clip_factor = check_number("clip_factor", clip_factor)
-        epsilon = check_number("epsilon", epsilon)
+        clip_factor = check_number(
+            "clip_factor", clip_factor, "Pass for example clip_factor=0.01, as in the paper."
+        )
+        epsilon = check_number(
+            "epsilon", epsilon, "Pass for example epsilon=1e-3, as in the paper."
+        )
         exclude = _checked_patterns(exclude)
         axes_of_units = _checked_unit_axes({} if unit_axes is None else unit_axes)
-        example = "AdaptiveGradientClipping(keras.optimizers.SGD(clipnorm=1.0))"
-        super().__init__(optimizer, name, kwargs, example)
+        super().__init__(optimizer, name, kwargs)
         self._clip_factor = clip_factor
         self._epsilon = epsilon
         self._exclude = exclude
         self._unit_axes = axes_of_units
 
-    def build(self, variables: Iterable[Any]) -> None:
-        """Creates the inner optimizer's variables.
+    @as_it_is
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Clips the gradients and hands them to the inner optimizer.
 
         Args:
-            variables: List of the trainable variables.
+            grads: List of gradients: tensors, `tf.IndexedSlices`, or None.
+            trainable_variables: List of the variables in the same order. Needed in the first call
+                unless `build` was called.
 
         Raises:
-            ValueError: If an entry of `exclude` or `unit_axes` matches none of them, or one of
-                `unit_axes` a kernel of fewer axes.
+            ValueError: If there are no variables, or as from `build`.
         """
-        if self.built:
+        grads = list(grads)
+        if not grads:
             return
-        variables = list(variables)
-        check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
+        variables = self._given_or_known(trainable_variables)
+        self.build(variables)
+        grads = _keras.gradients_over_replicas(self.inner_optimizer, grads, variables)
+        clipped = [self._clip(g, v) for g, v in zip(grads, variables, strict=True)]
+        with _keras.replicas_agree(self.inner_optimizer):
+            self.inner_optimizer.apply(clipped, variables)
+
+    def _check_variables(self, variables):
+        """Raises ValueError if a pattern matches no variable, or if a variable lacks its axes."""
         paths = [_path(v) for v in variables]
         for argument in ("exclude", "unit_axes"):
             for pattern in getattr(self, f"_{argument}"):
@@ -174,48 +188,16 @@ class AdaptiveGradientClipping(OptimizerWrapper):
                     )
         for variable, path in zip(variables, paths, strict=True):
             self._check_unit_axes(len(variable.shape), path)
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
-        self._trainable_variables = variables
-        self.built = True
-
-    @as_it_is
-    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
-        """Clips the gradients and hands them to the inner optimizer; as for a Keras optimizer."""
-        grads = list(grads)
-        if not grads:
-            return
-        if trainable_variables is None:
-            if not self.built:
-                raise ValueError(
-                    "The optimizer must be built before `apply` is called without "
-                    "`trainable_variables`. Received: gradients only. Pass the variables, or "
-                    "call `optimizer.build(model.trainable_variables)` first."
-                )
-            trainable_variables = self._trainable_variables
-        variables = list(trainable_variables)
-        if not self.built:
-            self.build(variables)
-        grads = _keras.gradients_over_replicas(self.inner_optimizer, grads, variables)
-        clipped = [self._clip(g, v) for g, v in zip(grads, variables, strict=True)]
-        with _keras.replicas_agree(self.inner_optimizer):
-            self.inner_optimizer.apply(clipped, variables)
-
-    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> Any:
-        """`apply` for pairs of (gradient, variable); returns `iterations`."""
-        gradients, variables = zip(*grads_and_vars, strict=True)
-        self.apply(gradients, variables)
-        return self.iterations
 
     def _clip(self, gradient, variable):
         path = _path(variable)
         excluded = any(re.search(pattern, path) for pattern in self._exclude)
-        # What such a variable is given is its new value.
+        # The "gradient" of such a variable is its new value.
         if gradient is None or excluded or getattr(variable, "overwrite_with_gradient", False):
             return gradient
         gradient = tf.convert_to_tensor(gradient)
         dtype = accumulation_dtype(gradient.dtype)
-        # The loss scale is on the gradient, and not on the weights.
+        # The gradient is multiplied by the loss scale, the weights are not.
         factor = self._clip_factor * (self.loss_scale_factor or 1.0)
         clipped = clip_units(
             tf.cast(gradient, dtype),
@@ -231,24 +213,16 @@ class AdaptiveGradientClipping(OptimizerWrapper):
         return rules.get(_matching([*self._unit_axes, *UNIT_AXES], path), (-1,))
 
     def _check_unit_axes(self, rank, path):
-        """Raises ValueError where a kernel has not the axes that the user names for it."""
+        """Raises ValueError if a kernel lacks an axis that the user names for it."""
         pattern = _matching(self._unit_axes, path)
         axes = self._unit_axes.get(pattern, ())
-        # A bias is one unit, whatever the pattern that it also matches is for.
+        # A bias is one unit, also if it matches the pattern for a kernel.
         if rank > 1 and any(axis < -rank for axis in axes):
             raise ValueError(
                 "`unit_axes` must name axes that the variable has. Received: "
                 f"{axes!r} for {pattern!r}, which matches {path!r} of rank {rank}. Pass axes from "
                 f"{-rank} to -1, or an expression that does not match it."
             )
-
-    def save_own_variables(self, store: Any) -> None:
-        """Writes the inner optimizer's state as it would itself."""
-        self.inner_optimizer.save_own_variables(store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Reads what this optimizer or its inner optimizer wrote."""
-        self.inner_optimizer.load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:
         """Config with the serialised inner optimizer."""
@@ -262,7 +236,7 @@ class AdaptiveGradientClipping(OptimizerWrapper):
 
 
 def _matching(patterns, path):
-    """The first expression that is found in the names of a variable's layer and its own."""
+    """The first pattern that is found in "layer/variable", the end of a path; or None."""
     own = "/".join(path.split("/")[-2:])
     return next((pattern for pattern in patterns if re.search(pattern, own)), None)
 
@@ -272,7 +246,7 @@ def _path(variable):
 
 
 def _checked_patterns(exclude):
-    """Regular expressions, from a list of them and of layers."""
+    """A tuple of regular expressions, from a list of these and of layers."""
     rule = "`exclude` must be a list of regular expressions for paths of variables, and of layers."
     if isinstance(exclude, str) or not hasattr(exclude, "__iter__"):
         raise TypeError(f'{rule} Received: exclude={exclude!r}. Pass for example ["bias"].')

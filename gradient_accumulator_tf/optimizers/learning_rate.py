@@ -1,4 +1,4 @@
-"""A learning rate for another batch size: rules of thumb, applied only where they are called."""
+"""A learning rate for another batch size: rules that act only where they are called."""
 
 from __future__ import annotations
 
@@ -53,43 +53,47 @@ def scale_learning_rate(
     accum_steps: AccumSteps = 1,
     rule: Rule = "linear",
 ) -> float | ScaledLearningRate:
-    """A learning rate that was found at one batch size, scaled to another effective batch.
+    """Scales a learning rate that was found at one batch size to another effective batch.
 
         effective batch = batch_size x accum_steps
         "linear":  learning_rate x (effective batch / base_batch_size)
         "sqrt":    learning_rate x sqrt(effective batch / base_batch_size)
 
-    No wrapper of this package scales a learning rate by itself. The linear rule is that of SGD,
-    with or without momentum, in the range where the noise of the gradient matters little within
-    as many steps as one large step replaces (Krizhevsky, 2014; Goyal et al., 2017, who also warm
-    up over the first epochs). The square root keeps the variance of an update (Krizhevsky, 2014),
-    and is the rule for Adam and RMSprop, of which `1 - beta_1` and `1 - beta_2` are to be
-    multiplied by the ratio of the batches as well, and `epsilon` divided by its square root
-    (Malladi et al., 2022). Both fail for batches that are large enough.
+    The wrappers of this package never scale a learning rate. Call this function if you want it.
+
+    "linear" is the rule for SGD, with or without momentum (Krizhevsky, 2014; Goyal et al., 2017).
+    It holds while the gradient changes little over the small steps that one large step replaces.
+    Goyal et al. also warm up: they raise the rate slowly over the first epochs.
+
+    "sqrt" keeps the variance of an update (Krizhevsky, 2014). It is the rule for Adam and RMSprop
+    (Malladi et al., 2022). There three other arguments change too, if the batch is r times as
+    large: multiply `1 - beta_1` and `1 - beta_2` by r, and divide `epsilon` by sqrt(r).
+
+    Both rules fail if the batch is large enough.
 
     ```python
-    # 0.1 was found with batches of 256 examples; this one updates with 8 x 128.
+    # 0.1 was found with batches of 256 examples; this optimizer updates with 8 x 128.
     learning_rate = scale_learning_rate(0.1, batch_size=128, accum_steps=8, base_batch_size=256)
     optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(learning_rate), accum_steps=8)
     ```
 
     Args:
-        learning_rate: A number, a scalar variable such as `optimizer.learning_rate`, or a
-            `keras.optimizers.schedules.LearningRateSchedule`.
+        learning_rate: The rate to scale: a number, a scalar variable such as
+            `optimizer.learning_rate`, or a `keras.optimizers.schedules.LearningRateSchedule`.
         batch_size: Integer >= 1, the examples of a batch that `fit` is given, over all replicas.
         base_batch_size: Integer >= 1, the effective batch that `learning_rate` was found with.
         accum_steps: The batches per update: an integer >= 1, or a schedule as for
-            `GradientAccumulateOptimizer`, which the learning rate then follows. 1 (default) where
-            a batch is an update, as with `micro_batch_size`.
+            `GradientAccumulateOptimizer`. The learning rate follows a schedule. The default is 1,
+            for a batch that is an update, as with `micro_batch_size`.
         rule: "linear" (default) or "sqrt".
 
     Returns:
-        A float; a `ScaledLearningRate` schedule if `learning_rate` or `accum_steps` is one.
+        A float; a `ScaledLearningRate` if `learning_rate` or `accum_steps` is a schedule.
 
     Raises:
-        TypeError: If `learning_rate` is neither a number nor a schedule, or a size not an
+        TypeError: If `learning_rate` is neither a number nor a schedule, or a size is not an
             integer.
-        ValueError: If a size is < 1, the learning rate negative, or the rule another one.
+        ValueError: If a size is < 1, the learning rate is negative, or the rule is another one.
 
     References:
         - [Krizhevsky, 2014](https://arxiv.org/abs/1404.5997), One weird trick for parallelizing
@@ -99,7 +103,13 @@ def scale_learning_rate(
         - [Malladi et al., 2022](https://arxiv.org/abs/2205.10287), On the SDEs and scaling rules
           for adaptive gradient algorithms.
     """
-    scaled = ScaledLearningRate(learning_rate, batch_size, base_batch_size, accum_steps, rule)
+    scaled = ScaledLearningRate(
+        learning_rate,
+        batch_size=batch_size,
+        base_batch_size=base_batch_size,
+        accum_steps=accum_steps,
+        rule=rule,
+    )
     if isinstance(scaled.learning_rate, float) and isinstance(scaled.accum_steps, int):
         return scaled.learning_rate * scaled.factor(scaled.accum_steps)
     return scaled
@@ -109,19 +119,32 @@ def scale_learning_rate(
 class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
     """A schedule of the learning rate, scaled to another batch size.
 
-    `scale_learning_rate` returns it for a schedule.
+    `scale_learning_rate` returns it if the learning rate or `accum_steps` is a schedule. It has
+    the formulas.
+
+    ```python
+    decay = keras.optimizers.schedules.CosineDecay(0.1, decay_steps=1000)
+    rate = ScaledLearningRate(decay, batch_size=128, accum_steps=8, base_batch_size=256)
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(rate), accum_steps=8)
+    ```
 
     Args:
         learning_rate: Number or schedule that was found at `base_batch_size`.
-        batch_size: Integer >= 1, examples in a batch of `fit`.
-        base_batch_size: Integer >= 1, examples per update that the learning rate was found at.
-        accum_steps: Integer >= 1, batches per update, or a schedule of it.
-        rule: "linear" or "sqrt".
+        batch_size: Integer >= 1, the examples of a batch that `fit` is given.
+        base_batch_size: Integer >= 1, the effective batch that `learning_rate` was found with.
+        accum_steps: Integer >= 1, the batches per update, or a schedule of it.
+        rule: "linear" (default) or "sqrt".
+
+    Raises:
+        TypeError: If `learning_rate` is neither a number nor a schedule, or a size is not an
+            integer.
+        ValueError: If a size is < 1, the learning rate is negative, or the rule is another one.
     """
 
     def __init__(
         self,
         learning_rate: Any,
+        *,
         batch_size: int,
         base_batch_size: int,
         accum_steps: AccumSteps = 1,
@@ -138,7 +161,7 @@ class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
             "base_batch_size",
             base_batch_size,
             "examples that the learning rate was found with",
-            "Pass the batch size that the learning rate is for, such as base_batch_size=32.",
+            "Pass the batch size that the learning rate was found with, such as 32.",
         )
         self.accum_steps = check_accum_steps(accum_steps, "batches per update")
         check_choice("rule", rule, tuple(_EXPONENTS))
@@ -146,14 +169,14 @@ class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
         self._steps_at = traced(self.accum_steps) if callable(self.accum_steps) else None
 
     def factor(self, accum_steps: Any) -> Any:
-        """What the learning rate is multiplied by with so many batches per update."""
+        """The factor of the learning rate for `accum_steps` batches per update."""
         return (accum_steps * (self.batch_size / self.base_batch_size)) ** _EXPONENTS[self.rule]
 
     def __call__(self, step: Any) -> Any:
         """The learning rate of an update, a scalar tensor.
 
         Args:
-            step: Integer scalar, the number of updates before it.
+            step: Integer scalar, the number of updates before that one.
         """
         rate, steps = self.learning_rate, self.accum_steps
         if callable(rate):

@@ -39,13 +39,13 @@ class Traces:
         if not tf.executing_eagerly() and not self._running:
             self.of_users = True
 
-    def renew(self, optimizer_of):
+    def renew(self, cycle_of_model):
         """Lets each model that still trains with the optimizer make its training step anew.
 
         Args:
-            optimizer_of: Function that returns a model's accumulating optimizer.
+            cycle_of_model: Function that returns the `Cycle` of a model's optimizer, or None.
         """
         for model in list(self._models):
-            optimizer = optimizer_of(model)
-            if optimizer is not None and optimizer.traces is self:
+            cycle = cycle_of_model(model)
+            if cycle is not None and cycle.traces is self:
                 model.make_train_function(force=True)

@@ -10,10 +10,13 @@ class TrainedVariables:
     Args:
         optimizer: The optimizer.
         variables: List of variables, Keras's or TensorFlow's.
+
+    Attributes:
+        variables: As given.
     """
 
     def __init__(self, optimizer, variables=()):
-        self._optimizer, self._variables = optimizer, variables
+        self._optimizer, self.variables = optimizer, variables
         self._indices = {_keras.variable_key(optimizer, v): i for i, v in enumerate(variables)}
         self._trained_anyway = set()
 
@@ -30,7 +33,7 @@ class TrainedVariables:
         """
         return {
             i
-            for i, variable in enumerate(self._variables)
+            for i, variable in enumerate(self.variables)
             if variable.trainable or i in self._trained_anyway
         }
 
@@ -49,7 +52,7 @@ class TrainedVariables:
                 "`grads` must have one entry for each variable (None where there is no "
                 f"gradient). Received: {len(gradients)} gradients for {len(variables)} variables."
             )
-        aligned, seen = [None] * len(self._variables), set()
+        aligned, seen = [None] * len(self.variables), set()
         indices = self.indices_of(variables)
         for gradient, variable, index in zip(gradients, variables, indices, strict=True):
             path = getattr(variable, "path", variable.name)

@@ -10,6 +10,9 @@ import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import refuse_arguments
+from gradient_accumulator_tf.optimizers.inner import check_does_not_accumulate, checked_optimizer
+from gradient_accumulator_tf.replicated.replicas import check_made_under
+from gradient_accumulator_tf.replicated.variables import outside_of_tracing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,19 +47,24 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     """An optimizer whose hyperparameters, count of updates and slots are another one's.
 
     Args:
-        optimizer: The inner optimizer, a `keras.optimizers.Optimizer`.
+        optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, its name, or its config.
         name: Optional name.
-        kwargs: Dict of further keyword arguments that were received; none is taken.
-        example: How to pass them to the inner optimizer, for the message.
+        kwargs: Dict of further keyword arguments that were received. None is accepted.
+
+    Raises:
+        TypeError: If `optimizer` is not a Keras 3 optimizer.
+        ValueError: If the inner optimizer accumulates or scales losses, or `kwargs` is not empty.
     """
 
-    def __init__(
-        self, optimizer: Any, name: str | None, kwargs: dict[str, Any], example: str
-    ) -> None:
+    def __init__(self, optimizer: Any, name: str | None, kwargs: dict[str, Any]) -> None:
+        own = type(self).__name__
+        optimizer = checked_optimizer(optimizer, own)
+        check_does_not_accumulate(optimizer)
         refuse_arguments(
-            type(self).__name__,
+            own,
             kwargs,
-            f"Pass them to the inner optimizer, where they act once per update: {example}.",
+            "Pass them to the inner optimizer, where they act once per update: "
+            f"{own}(keras.optimizers.Adam(clipnorm=1.0), ...).",
         )
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = optimizer
@@ -110,6 +118,58 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         """The inner optimizer's variables."""
         return self.inner_optimizer.variables
 
+    def build(self, variables: Iterable[Any]) -> None:
+        """Creates the inner optimizer's variables, and those of this one.
+
+        Args:
+            variables: List of the trainable variables, Keras's or TensorFlow's.
+
+        Raises:
+            ValueError: If the inner optimizer accumulates, or was made under another strategy.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        if not variables:
+            return  # as where Keras loads a legacy HDF5 file, before it knows of any
+        check_made_under(tf.distribute.get_strategy(), self.inner_optimizer)
+        check_does_not_accumulate(self.inner_optimizer)
+        self._check_variables(variables)
+        with outside_of_tracing():
+            if not self.inner_optimizer.built:
+                self.inner_optimizer.build(variables)
+        self._trainable_variables = variables
+        self._make_variables(variables)
+        self.built = True
+
+    def _check_variables(self, variables):
+        """Raises an error if the optimizer cannot be built for a list of variables."""
+
+    def _make_variables(self, variables):
+        """Creates the variables that the inner optimizer does not have."""
+
+    def _given_or_known(self, variables):
+        """List of `variables`; if it is None, of those that the optimizer was built with."""
+        if variables is not None:
+            return list(variables)
+        if self.built:
+            return self._trainable_variables
+        raise ValueError(
+            "The optimizer must be built before `apply` is called without "
+            "`trainable_variables`. Received: gradients only. Pass the variables, or "
+            "call `optimizer.build(model.trainable_variables)` first."
+        )
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> Any:
+        """`apply` for pairs of (gradient, variable); returns `iterations`."""
+        return self._apply_pairs(grads_and_vars)
+
+    def _apply_pairs(self, grads_and_vars, **arguments):
+        """`apply_gradients`, with further arguments of `apply`."""
+        gradients, variables = zip(*grads_and_vars, strict=True)
+        self.apply(gradients, variables, **arguments)
+        return self.iterations
+
     def scale_loss(self, loss: Any) -> Any:
         """The loss, scaled as the inner optimizer wants it."""
         return self.inner_optimizer.scale_loss(loss)
@@ -133,6 +193,14 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
             )
         for variable, weight in zip(self.variables, weights, strict=True):
             variable.assign(weight)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes the inner optimizer's state as it would itself."""
+        self.inner_optimizer.save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads what this optimizer or its inner optimizer wrote."""
+        self.inner_optimizer.load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:
         """Config with the serialised inner optimizer."""
@@ -165,72 +233,3 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     def __dir__(self):
         # Keras saves what it finds here; the inner optimizer's state is in `save_own_variables`.
         return [name for name in super().__dir__() if name != "inner_optimizer"]
-
-
-def parts_of(optimizer):
-    """An optimizer and all that it is made of: inner ones, and those of a `MultiOptimizer`."""
-    yield optimizer
-    inner = [getattr(optimizer, "inner_optimizer", None)]
-    if not isinstance(optimizer, OptimizerWrapper):  # which passes on its inner one's
-        inner += getattr(optimizer, "optimizers", [])
-    for part in inner:
-        if part is not None:
-            yield from parts_of(part)
-
-
-def check_does_not_accumulate(optimizer):
-    """Raises ValueError if an inner optimizer, or a part of it, accumulates by itself."""
-    for part in parts_of(optimizer):
-        kind = type(part).__name__
-        if hasattr(part, "accum_steps"):
-            raise ValueError(
-                f"`optimizer` must not accumulate itself. Received: a {kind} with accum_steps="
-                f"{part.accum_steps}. Wrap once, with the product of the two."
-            )
-        if getattr(part, "gradient_accumulation_steps", None):
-            raise ValueError(
-                f"The inner optimizer must not accumulate itself. Received: {kind}("
-                f"gradient_accumulation_steps={part.gradient_accumulation_steps}). Leave that "
-                "argument out and pass accum_steps instead."
-            )
-        if part is not optimizer and isinstance(part, keras.optimizers.LossScaleOptimizer):
-            raise ValueError(
-                "A LossScaleOptimizer must be outside of all others. Received: one within a "
-                f"{type(optimizer).__name__}. Put it around the whole."
-            )
-
-
-def check_optimizer(optimizer, place):
-    """The Keras optimizer that `optimizer` names, or an error that says what to pass.
-
-    Args:
-        optimizer: What the caller passed.
-        place: How to put a LossScaleOptimizer outside, for the message.
-
-    Raises:
-        TypeError: If it is no Keras 3 optimizer.
-        ValueError: If it is a LossScaleOptimizer.
-    """
-    if not isinstance(optimizer, (str, dict, keras.optimizers.Optimizer)):
-        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-        legacy = "tf_keras" in kind or "legacy" in kind or kind.startswith("tensorflow.python")
-        raise TypeError(
-            "`optimizer` must be a Keras 3 optimizer, its name, or its config. "
-            f"Received: {optimizer!r} (of type {kind}). "
-            + (
-                "Optimizers of tf_keras (Keras 2), tf.compat.v1 or keras.optimizers.legacy "
-                "cannot be wrapped: pass the one of the same name from `keras.optimizers`."
-                if legacy
-                else 'Pass for example keras.optimizers.Adam(1e-3) or "adam".'
-            )
-        )
-    optimizer = keras.optimizers.get(optimizer)
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            "`optimizer` must not be a LossScaleOptimizer, whose place is outside. "
-            "Received: a LossScaleOptimizer around "
-            f"{type(optimizer.inner_optimizer).__name__}. Put it outside: {place}, which "
-            "`compile` does by itself under the mixed_float16 policy. It acts once per update "
-            "all the same."
-        )
-    return optimizer

@@ -48,12 +48,13 @@ class StagedGradients:
                 returns the model's predictions and has the tape record them.
             differentiate: Function of `(predict, micro_batch, totals)`, where `totals` is that
                 sum on an average replica. Returns (persistent tape, targets, their output
-                gradients, nested scalars to add up, anything).
+                gradients, nested scalars to add up, list of tensors to keep, anything).
             finite_only: Whether the barriers leave out what is not finite at the end.
 
         Returns:
             List with a gradient or None for each variable, and the sum of the scalars, both of
-            this replica alone; and what the last micro-batch made of "anything".
+            this replica alone; a list of `Kept` of the tensors to keep; and what the last
+            micro-batch made of "anything".
         """
         *stages, last = self._stages
         state = State(batch, micro_batch_size)
@@ -63,7 +64,7 @@ class StagedGradients:
         head = self._head(last, state, variables, totals, differentiate)
         gradients = self._all_backward(stages, state, variables, head.gradients)
         state.end(finite_only)
-        return gradients, head.sums, head.result
+        return gradients, head.sums, head.kept, head.result
 
     def gradients_through(self, batch, micro_batch_size, variables, loss, finite_only=False):
         """As `gradients`, for a loss that is a barrier behind the model's outputs.
@@ -153,17 +154,18 @@ class StagedGradients:
                 tensors, _ = self._runner.forward(stage, micro_batch, reads, state.statistics)
                 return self._runner.predictions(tensors)
 
-            tape, targets, seeds, sums, result = differentiate(predict, micro_batch, totals)
+            tape, targets, seeds, sums, keep, result = differentiate(predict, micro_batch, totals)
             gradients, by_statistics, by_reads = sources.gradients(
                 tape, targets, seeds, variables, reads, pending
             )
-            return Pass(gradients, (by_statistics, sums), by_reads, result)
+            return Pass(gradients, (by_statistics, sums), [*by_reads, *keep], result)
 
         kept = [*state.kept_of(stage.reads), *sources.pending]
         found = state.loop(step, kept, variables)
         by_statistics, sums = found.sums
-        sources.store(by_statistics, found.kept)
-        return found._replace(sums=sums)
+        by_reads, keep = found.kept[: sources.number], found.kept[sources.number :]
+        sources.store(by_statistics, by_reads)
+        return found._replace(sums=sums, kept=keep)
 
     def _backward(self, stage, state, variables, loss=None):
         """Gradients of `variables`; hands on the cotangents of what the stage reads."""

@@ -127,9 +127,9 @@ def flat_graph(model, kind):
             known.update(zip(node.outputs, outputs, strict=True))
         return [known[output] for output in graph.outputs]
 
-    if not (_keras.is_plain_functional(model) and model.built):
+    if not _keras.is_plain_functional(model):
         path = next(p for p, v in _paths(model, model.name) if kind.find(v) is not None)
-        _refuse(kind, path, f"is in a {type(model).__name__}, which is not a graph of layers")
+        _refuse(kind, path, f"is in {_no_graph(model)}, which is not a graph of layers")
     inputs = [next(numbers) for _ in _keras.graph_of(model).inputs]
     return Graph(inputs, nodes, visit(model, model.name, inputs))
 
@@ -148,8 +148,16 @@ def _barrier_of(kind, layer, path):
     if barrier is None:
         for inner_path, inner in _paths(layer, path):
             if kind.find(inner) is not None:
-                _refuse(kind, inner_path, f"is hidden in a {type(layer).__name__}")
+                _refuse(kind, inner_path, f"is hidden in {_no_graph(layer)}")
     return barrier
+
+
+def _no_graph(layer):
+    """The words for a layer that is no graph; Keras makes none of some Sequential models."""
+    kind = f"a {type(layer).__name__}"
+    if layer.built and isinstance(layer, keras.Sequential) and not _keras.has_graph(layer):
+        kind += " with nested inputs or a layer that takes no symbolic tensors"
+    return kind
 
 
 def _paths(layer, path):

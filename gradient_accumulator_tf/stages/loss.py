@@ -7,7 +7,7 @@ Keras attaches to them, and what layers gave to `add_loss`.
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf.stages import outputs
 
 
 class LossNode:
@@ -48,15 +48,7 @@ class LossNode:
             if leaf is None:
                 continue
             _check_output(i, leaf)
-            logits, mask = _keras.keras_logits(leaf), _keras.keras_mask(leaf)
-            if logits is None and _activation_of(leaf) in _ACTIVATIONS:
-                taken[_activation_of(leaf), i] = leaf.op.inputs[0]
-            else:
-                taken["output", i] = leaf
-            if logits is not None:
-                taken["logits", i] = logits
-            if mask is not None:
-                taken["mask", i] = mask
+            taken.update(((kind, i), part) for kind, part in outputs.parts_of(leaf).items())
         rows = tf.shape(next(iter(taken.values())))[0]
         for i, loss in enumerate(losses):
             taken[_KIND_OF[_is_sum(loss)], i] = _as_rows(loss, rows)
@@ -85,14 +77,8 @@ class LossNode:
         taken = dict(zip(self.inputs, tensors, strict=True))
 
         def output(i):
-            tensor = taken.get(("output", i))
-            for name, activation in _ACTIVATIONS.items():
-                if (name, i) in taken:
-                    tensor = activation(taken[name, i])
-            if tensor is None:
-                return None
-            _keras.set_keras_logits(tensor, taken.get(("logits", i)))
-            return _keras.set_keras_mask(tensor, taken.get(("mask", i)))
+            parts = {kind: taken[kind, i] for kind in outputs.KINDS if (kind, i) in taken}
+            return outputs.put_together(parts) if parts else None
 
         y_pred = keras.tree.map_structure(output, self._structure)
         losses, weights = [], taken.get(("weight", 0))
@@ -106,16 +92,7 @@ class LossNode:
         return y_pred, losses
 
 
-# Keras's cross entropies compute from the input of these operations, where they find one behind the
-# outputs. Among the rows of all micro-batches they would not, so it is applied to these rows.
-_ACTIVATIONS = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
-
 _KIND_OF = {True: "sum", False: "mean"}
-
-
-def _activation_of(leaf):
-    """Type of the operation that made a tensor; None where operations run at once."""
-    return None if tf.executing_eagerly() else leaf.op.type
 
 
 def _is_sum(loss):

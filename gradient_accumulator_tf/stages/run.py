@@ -8,7 +8,11 @@ from gradient_accumulator_tf.replicated.side_effects import RecordingScope
 from gradient_accumulator_tf.stages.cuts import cut
 from gradient_accumulator_tf.stages.engine import StagedGradients
 from gradient_accumulator_tf.stages.graph import flat_graph
-from gradient_accumulator_tf.stages.repeatable import check_repeatable, watched_operations
+from gradient_accumulator_tf.stages.repeatable import (
+    check_repeatable,
+    trace,
+    watched_operations,
+)
 
 
 class StageRunner:
@@ -24,6 +28,7 @@ class StageRunner:
 
     def __init__(self, model, graph, kind):
         self._model, self._graph, self._kind = model, graph, kind
+        self._checked = set()
         self._training = _Training(name="training", dtype=model.dtype_policy, autocast=False)
 
     def forward(self, stage, micro_batch, reads, statistics):
@@ -44,6 +49,9 @@ class StageRunner:
             ValueError: If a layer does what a second computation would not repeat.
         """
         starts = [tf.identity(v.value) for v in stage.states]
+        if tf.executing_eagerly() and stage not in self._checked:
+            trace(lambda: self._run(stage, micro_batch, reads, statistics, starts))
+            self._checked.add(stage)
         tensors, ends = self._run(stage, micro_batch, reads, statistics, starts)
         for variable, value in zip(stage.states, ends, strict=True):
             variable.assign(value)

@@ -117,11 +117,13 @@ class Sources:
 
     Attributes:
         pending: List of `Kept`: the cotangents that later stages have left for what is read.
+        number: How many tensors are read that the loss is differentiated with respect to.
     """
 
     def __init__(self, stage, state):
         self._stage, self._state = stage, state
         self._keys = [key for key in stage.reads if state.kept[key].rest.dtype.is_floating]
+        self.number = len(self._keys)
         self._started = [key for key in self._keys if key in state.cotangents]
         self.pending = [state.cotangents[key] for key in self._started]
 

@@ -3,12 +3,12 @@
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
-from gradient_accumulator_tf.batch_norm.kinds import is_like_batch_norm
+from gradient_accumulator_tf.batch_norm.kinds import is_known_batch_norm
 from gradient_accumulator_tf.replicated.side_effects import RecordingScope, held_back
 from gradient_accumulator_tf.stages.cuts import Stage
 from gradient_accumulator_tf.stages.repeatable import (
     check_operations,
-    operations_of,
+    trace,
     watched_operations,
 )
 
@@ -59,10 +59,8 @@ class WholeModel:
         Raises:
             ValueError: If a layer does what a second computation would not repeat.
         """
-        del stage, reads, statistics
         if tf.executing_eagerly() and not self._is_checked:
-            # No trace tells what runs at once, so one is made for this.
-            self._check(operations_of(lambda: self._replayed(micro_batch, ())))
+            trace(lambda: self.replay(stage, micro_batch, reads, statistics, ()))
             self._is_checked = True
         with RecordingScope(collect_losses=True) as scope:
             y_pred = self._call(micro_batch)
@@ -72,7 +70,7 @@ class WholeModel:
         unread = {
             id(v)
             for layer in _keras.all_layers(self._model)
-            if is_like_batch_norm(layer)
+            if is_known_batch_norm(layer)
             for v in layer.non_trainable_variables
         }
         self._states = [v for v, _ in changes if id(v) not in unread]
@@ -84,24 +82,20 @@ class WholeModel:
     def replay(self, stage, micro_batch, reads, statistics, starts):
         """Computes the model again from `starts`; nothing moves."""
         del stage, reads, statistics
-        with watched_operations() as operations:
-            tensors = self._replayed(micro_batch, starts)
-        self._check(operations)
-        return tensors
+        states = list(zip(self._states, starts, strict=False))
+        with (
+            watched_operations() as operations,
+            held_back(),
+            RecordingScope(states, collect_losses=True) as scope,
+        ):
+            y_pred = self._call(micro_batch)
+        check_operations(operations, self._argument, f"the model {self._model.name!r}")
+        return {"outputs": y_pred, "losses": scope.losses}
 
     def ends(self, tensors, micro_batch, loss):
         """As of a `StageRunner`."""
         weight = self._weight_of(micro_batch)
         return loss.take(tensors["outputs"], tensors["losses"], weight)
-
-    def _replayed(self, micro_batch, starts):
-        states = list(zip(self._states, starts, strict=False))
-        with held_back(), RecordingScope(states, collect_losses=True) as scope:
-            y_pred = self._call(micro_batch)
-        return {"outputs": y_pred, "losses": scope.losses}
-
-    def _check(self, operations):
-        check_operations(operations, self._argument, f"the model {self._model.name!r}")
 
     def _refuse_assigned(self, changes):
         for variable, _ in changes:

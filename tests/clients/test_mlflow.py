@@ -4,7 +4,7 @@ import keras
 import pytest
 
 from tests.clients import client
-from tests.oracle import MODES, dense_model, in_way, regression_data
+from tests.oracle import dense_model, in_way, regression_data
 
 mlflow = client("mlflow")
 
@@ -23,7 +23,6 @@ def autolog(tmp_path, monkeypatch):
     mlflow.tensorflow.autolog(disable=True)
 
 
-@pytest.mark.parametrize("way", ["optimizer", *MODES])
 def test_autolog_records_each_epoch(way, autolog):
     x, y, _ = regression_data(24)
     model, optimizer, batch_size = in_way(way, dense_model(), keras.optimizers.SGD(0.01))

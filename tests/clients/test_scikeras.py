@@ -4,9 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from gradient_accumulator_tf import GradientAccumulateModel, GradientAccumulateOptimizer
 from tests.clients import client
-from tests.oracle import EFFECTIVE, MICRO, difference
+from tests.oracle import ACROSS_STEPS, EFFECTIVE, MICRO, difference, in_way
 
 scikeras_wrappers = client("scikeras.wrappers")
 
@@ -18,13 +17,7 @@ def build(way="plain"):
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(3, "softmax")]
     )
-    optimizer = keras.optimizers.Adam(0.01)
-    if way == "optimizer":
-        optimizer = GradientAccumulateOptimizer(optimizer, accum_steps=EFFECTIVE // MICRO)
-    elif way == "accum_steps":
-        model = GradientAccumulateModel(model=model, accum_steps=EFFECTIVE // MICRO)
-    elif way == "micro_batch_size":
-        model = GradientAccumulateModel(model=model, micro_batch_size=MICRO)
+    model, optimizer, _ = in_way(way, model, keras.optimizers.Adam(0.01))
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
@@ -35,7 +28,8 @@ def data():
     return x, np.array(["red", "green", "blue"])[x[:, :3].argmax(1)]
 
 
-def fitted(way, batch_size):
+def fitted(way):
+    batch_size = MICRO if way in ACROSS_STEPS else EFFECTIVE
     estimator = scikeras_wrappers.KerasClassifier(
         build, way=way, batch_size=batch_size, epochs=3, shuffle=False, verbose=0
     )
@@ -43,13 +37,9 @@ def fitted(way, batch_size):
     return estimator.fit(x, y, shuffle=False)
 
 
-@pytest.mark.parametrize(
-    ("way", "batch_size"),
-    [("optimizer", MICRO), ("accum_steps", MICRO), ("micro_batch_size", EFFECTIVE)],
-)
-def test_a_classifier_trains_as_on_the_large_batch(way, batch_size):
+def test_a_classifier_trains_as_on_the_large_batch(way):
     x, y = data()
-    plain, estimator = fitted("plain", EFFECTIVE), fitted(way, batch_size)
+    plain, estimator = fitted("plain"), fitted(way)
     assert difference(estimator.model_.get_weights(), plain.model_.get_weights()) < 1e-5
     np.testing.assert_allclose(estimator.predict_proba(x), plain.predict_proba(x), 1e-4, 1e-5)
     assert set(estimator.predict(x)) <= set(y) and estimator.score(x, y) == plain.score(x, y)

@@ -4,7 +4,7 @@ import keras
 import pytest
 
 from tests.clients import client
-from tests.oracle import MODES, dense_model, in_way, regression_data
+from tests.oracle import dense_model, in_way, regression_data
 
 wandb = client("wandb")
 
@@ -20,7 +20,6 @@ def run(tmp_path, monkeypatch):
         yield run
 
 
-@pytest.mark.parametrize("way", ["optimizer", *MODES])
 def test_the_callback_logs_each_epoch(way, run, monkeypatch):
     from wandb.integration.keras import WandbMetricsLogger
 

@@ -5,11 +5,10 @@ Each file makes one change and says why it is needed, where it takes effect and 
 """
 
 from gradient_accumulator_tf._keras.patches.loss_scaling import route_loss_scaling, scaler_around
-from gradient_accumulator_tf._keras.patches.model_hooks import held_by, hook_into_models
+from gradient_accumulator_tf._keras.patches.model_hooks import hook_into_models
 from gradient_accumulator_tf._keras.patches.several_workers import mend_fit_on_several_workers
 
 __all__ = [
-    "held_by",
     "hook_into_models",
     "mend_fit_on_several_workers",
     "route_loss_scaling",

@@ -27,7 +27,6 @@ _OF_A_CYCLE = (
     "ended_in_update",
     "dropped_micro_steps",
     "dropped_cycles",
-    "accumulates",
     "reduction",
     "non_finite",
     "flush",
@@ -36,18 +35,22 @@ _OF_A_CYCLE = (
 )
 
 
-def route_loss_scaling(accumulating):
+def route_loss_scaling(accumulating, cycle_of):
     """Changes `LossScaleOptimizer` around optimizers of the class `accumulating`.
 
     It hands gradients on to the accumulating optimizer, which uses `scaler_around` at the update.
     It saves what it would save around the innermost optimizer. A second call changes nothing.
+
+    Args:
+        accumulating: The class.
+        cycle_of: Function that returns the `Cycle` of such an optimizer.
     """
     cls = keras.optimizers.LossScaleOptimizer
 
     def build(original, self, var_list):
         original(self, var_list)
         if isinstance(self.inner_optimizer, accumulating):
-            self.inner_optimizer.scaled_by(self)
+            cycle_of(self.inner_optimizer).scaled_by(self)
             _load_own_variables(self, vars(self).pop("_own_to_load", {}))
 
     def apply(original, self, grads, trainable_variables=None):
@@ -118,7 +121,7 @@ def _passed_on(name, accumulating):
             kind = type(self.inner_optimizer).__name__
             raise AttributeError(
                 f"`{name}` is what an accumulating optimizer has. Received: a "
-                f"LossScaleOptimizer around {kind}."
+                f"LossScaleOptimizer around {kind}. Wrap {kind} in a GradientAccumulateOptimizer."
             )
         return getattr(self.inner_optimizer, name)
 

@@ -14,38 +14,27 @@ When it can go: each method when Keras calls the optimizer at that moment.
 import warnings
 
 import keras
-import tensorflow as tf
 
 from gradient_accumulator_tf._keras.patches.replaced import replace_function
 
 
-def held_by(optimizer):
-    """What an optimizer holds in mid-cycle, such as "2 of 4 micro-batches"; None if nothing.
-
-    Args:
-        optimizer: A `GradientAccumulateOptimizer` or None.
-    """
-    if optimizer is None:
-        return None
-    with tf.init_scope():
-        micro_step = int(tf.convert_to_tensor(optimizer.micro_step))
-        steps = int(tf.convert_to_tensor(optimizer.steps_in_cycle))
-    return f"{micro_step} of {steps} micro-batches" if micro_step else None
-
-
-def hook_into_models(model_class, optimizer_of):
+def hook_into_models(model_class, cycle_of):
     """Wraps the four methods. A second call takes the place of the first.
 
     Args:
         model_class: `keras.Model`.
-        optimizer_of: Function that returns a model's accumulating optimizer, or None.
+        cycle_of: Function that returns the `Cycle` of a model's optimizer; None if the optimizer
+            does not accumulate.
     """
 
+    def held_by(cycle):
+        return None if cycle is None else cycle.held
+
     def compile(original, self, *args, **kwargs):
-        before = optimizer_of(self)
+        before = cycle_of(self)
         original(self, *args, **kwargs)
         held = held_by(before)
-        if held and optimizer_of(self) is not before:
+        if held and cycle_of(self) is not before:
             warnings.warn(
                 "`compile` took another optimizer in place of one in mid-cycle, and the gradients "
                 f"of {held} are lost. Call model.optimizer.flush() before, to update with them, "
@@ -57,7 +46,7 @@ def hook_into_models(model_class, optimizer_of):
         try:
             return original(self, *args, **kwargs)
         except BaseException:
-            held = held_by(optimizer_of(self))
+            held = held_by(cycle_of(self))
             if held:
                 warnings.warn(
                     f"`fit` broke off in mid-cycle. The gradients of {held} are kept, and count "
@@ -69,7 +58,7 @@ def hook_into_models(model_class, optimizer_of):
 
     def set_weights(original, self, *args, **kwargs):
         original(self, *args, **kwargs)
-        held = held_by(optimizer_of(self))
+        held = held_by(cycle_of(self))
         if held:
             warnings.warn(
                 "`set_weights` in mid-cycle changed weights under gradients that were computed for "
@@ -82,10 +71,10 @@ def hook_into_models(model_class, optimizer_of):
     def make_train_function(original, self, *args, **kwargs):
         before = self.train_function
         made = original(self, *args, **kwargs)
-        optimizer = optimizer_of(self)
-        if optimizer is not None and self.train_function is not before:
-            if not optimizer.accumulates:
-                self.train_function = optimizer.traces.of_model(self, self.train_function)
+        cycle = cycle_of(self)
+        if cycle is not None and self.train_function is not before:
+            if not cycle.accumulates:
+                self.train_function = cycle.traces.of_model(self, self.train_function)
         return made
 
     for function in (compile, fit, set_weights, make_train_function):
