@@ -10,10 +10,10 @@ from tests.oracle import (
     EFFECTIVE,
     EXECUTIONS,
     MICRO,
-    accumulating,
     dense_model,
     difference,
     each_in_turn,
+    in_way,
     mirrored,
     momentum_and_mse,
     regression_data,
@@ -117,7 +117,7 @@ def evaluated(model, data, compile_with, batch_size=EFFECTIVE):
 
 
 def wrapped(model):
-    return accumulating("micro_batch_size", model)[0]
+    return in_way("micro_batch_size", model)[0]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_evaluate_and_predict_see_micro_batches():
 def test_across_steps_a_batch_is_evaluated_in_one_piece():
     seen = Seen()
     model = keras.Sequential([keras.Input((5,)), seen, keras.layers.Dense(1)])
-    model = accumulating("accum_steps", model)[0]
+    model = in_way("accum_steps", model)[0]
     model.compile(**momentum_and_mse())
     x, y, _ = regression_data(10)
     model.evaluate(x, y, EFFECTIVE, 0)

@@ -15,10 +15,10 @@ from tests.oracle import (
     EFFECTIVE,
     EXECUTIONS,
     MICRO,
-    accumulating,
     dense_model,
     difference,
     each_in_turn,
+    in_way,
     mirrored,
     regression_data,
 )
@@ -85,7 +85,7 @@ def test_logs_are_the_large_batchs(name, how, float64):
     if name == "correlation" and not hasattr(keras.metrics, "PearsonCorrelation"):
         pytest.skip("needs a newer Keras")
     expected = logs_of(dense_model(), EFFECTIVE, METRICS[name]())
-    model, batch_size = accumulating("micro_batch_size", dense_model())
+    model, _, batch_size = in_way("micro_batch_size", dense_model())
     logs = logs_of(model, batch_size, METRICS[name](), EXECUTIONS[how])
     assert list(logs) == list(expected)
     assert list(logs.values()) == pytest.approx(list(expected.values()), rel=1e-12)
@@ -103,7 +103,7 @@ def test_several_outputs_of_which_one_is_kept(float64):
 
     x, y, weights = regression_data(10, dtype="float64")
     targets, logs, kept = {"c": y, "a": -y, "b": y**2}, [], []
-    for model in (make_model(), accumulating("micro_batch_size", make_model())[0]):
+    for model in (make_model(), in_way("micro_batch_size", make_model())[0]):
         model.compile(
             "sgd",
             "mse",
@@ -126,7 +126,7 @@ def test_several_outputs_of_which_one_is_kept(float64):
 
 
 def test_of_metrics_that_add_up_nothing_is_kept():
-    model, _ = accumulating("micro_batch_size", dense_model())
+    model, _, _ = in_way("micro_batch_size", dense_model())
     model.compile("sgd", "mse", metrics=["mae", keras.metrics.AUC()], weighted_metrics=["mse"])
     x, y, weights = regression_data(10)
     model.train_on_batch(x, y > 0, weights)
@@ -307,7 +307,7 @@ def test_with_exact_batch_norm(how, float64):
 def test_on_two_replicas_as_plain_keras(float64):
     # Each replica updates with its own share, and the states add up.
     logs = []
-    for wrap in (lambda m: m, lambda m: accumulating("micro_batch_size", m)[0]):
+    for wrap in (lambda m: m, lambda m: in_way("micro_batch_size", m)[0]):
         with mirrored().scope():
             model = wrap(dense_model())
             model.compile("sgd", "mse", metrics=[f1, MeanOfBatches(), "mae"])
@@ -322,7 +322,7 @@ def test_on_two_replicas_as_plain_keras(float64):
 def test_outputs_that_cannot_be_gathered_are_refused():
     inputs = keras.Input((5,))
     outputs = [keras.layers.Dense(1)(inputs), keras.ops.sum(inputs, axis=0, keepdims=True)]
-    model, _ = accumulating("micro_batch_size", keras.Model(inputs, outputs))
+    model, _, _ = in_way("micro_batch_size", keras.Model(inputs, outputs))
     model.compile("sgd", ["mse", None], metrics=[None, [f1]])
     x, y, _ = regression_data(10)
     with pytest.raises(ValueError, match=r"'f1' sees.*one row for each example.*additive"):

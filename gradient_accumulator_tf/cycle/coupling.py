@@ -106,7 +106,9 @@ def couplings_of(losses: Any, outputs: Any = None) -> list[Coupling]:
         reason = couples(loss, rank)
         if reason is not None:
             found.append(Coupling(name, reason, certain=True))
-        elif output is not None and _name_in_keras(loss) is None:
+        elif output is None or _name_in_keras(loss) is not None:
+            continue
+        elif getattr(loss, "reduction", None) != "sum":  # which is a sum over micro-batches as well
             if reduces_by_itself(loss, output):
                 found.append(Coupling(name, _WHOLE, certain=False))
     return list(dict.fromkeys(found))

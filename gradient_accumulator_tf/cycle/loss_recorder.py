@@ -58,6 +58,9 @@ class LossRecorder:
         examples: int or int32 scalar, examples of the micro-batch.
         times_weighed: Dict of scalars by the `id` of weights: how many micro-batches these are
             in, if it is not one. None if each is in one.
+
+    Attributes:
+        whole: List of the names of the losses that returned one number for the micro-batch.
     """
 
     def __init__(self, tape, same_shapes, examples, times_weighed=None):
@@ -66,6 +69,7 @@ class LossRecorder:
         self._examples = examples
         self._times_weighed = times_weighed or {}
         self._compiled, self._added = [], []
+        self.whole = []
 
     @property
     def terms(self):
@@ -102,6 +106,8 @@ class LossRecorder:
                     'Use the reduction "sum_over_batch_size", "mean_with_sample_weight" or "sum".'
                 )
             averaged = loss.reduction != "sum"
+            if averaged and values is not None and values.shape.rank == 0:
+                self.whole.append(loss.name)
             divisor = None
             if averaged and not self._in_proportion(loss, values, y_pred, sample_weight):
                 divisor = denominator(loss, values, y_true, y_pred, sample_weight)

@@ -119,6 +119,8 @@ class MicroBatchLoss:
         weight: Scalar that what no compiled loss measures counts for: the examples.
         share: Scalar, `weight` divided by the whole effective batch's on an average replica; None
             if it is not known yet.
+        whole: Tuple of the names of the losses that returned one number for the micro-batch, and
+            that nobody has told what they were divided by.
     """
 
     tape: Any
@@ -126,6 +128,7 @@ class MicroBatchLoss:
     terms: list
     weight: Any
     share: Any
+    whole: tuple = ()
 
     @property
     def compiled(self):

@@ -347,6 +347,10 @@ class GradientAccumulateModel(ModelWrapper):
             jit_compile=jit_compile,
             auto_scale_loss=auto_scale_loss,
         )
+        own_weight = type(self).micro_batch_weight is not GradientAccumulateModel.micro_batch_weight
+        self._mode.couplings.at_compile(
+            loss, self.model or self, self._mode.setting(self), certain_only=own_weight
+        )
         accumulating = accumulating_optimizer_of(self)
         if accumulating is not None and self.built:
             accumulating.rebuild(self.trainable_variables)

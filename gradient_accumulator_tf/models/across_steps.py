@@ -7,6 +7,7 @@ from gradient_accumulator_tf.batch_norm.cycle_end import model_ends_cycle
 from gradient_accumulator_tf.cycle.non_finite import NoDrops, policy_of
 from gradient_accumulator_tf.cycle.schedules import check_accum_steps
 from gradient_accumulator_tf.models.callbacks import FlushAtEpochEnd
+from gradient_accumulator_tf.models.couplings import CouplingWarnings
 from gradient_accumulator_tf.models.further_optimizers import warn_of_those_that_do_not_accumulate
 from gradient_accumulator_tf.models.micro_step import (
     batch_norms_of,
@@ -30,12 +31,14 @@ class AcrossSteps:
 
     Attributes:
         micro_batch_size: None.
+        couplings: What warns of losses that couple examples.
     """
 
     micro_batch_size = None
 
     def __init__(self, accum_steps):
         self._accum_steps = check_accum_steps(accum_steps, "batches per update")
+        self.couplings = CouplingWarnings()
         self._has_looked_for_plain_optimizers = False
 
     def check_arguments(self, batch_norm, coupled_loss, has_own_step):
@@ -72,6 +75,11 @@ class AcrossSteps:
             f"a micro-batch. Received: micro_batch_size={value!r}. Give fit another batch_size "
             "instead, or make a model with micro_batch_size."
         )
+
+    def setting(self, model):
+        """How the model accumulates, for messages; None if each batch is an update."""
+        steps = self.accum_steps(model)
+        return None if steps == 1 else f"accum_steps={steps}"
 
     def new_drops(self, policy):
         """The optimizer counts what is dropped, not the model."""
@@ -155,6 +163,7 @@ class AcrossSteps:
         build(data)
         with _keras.activity_regularizers_by_rank(model):
             step = run_micro_step(model, data)
+        self.couplings.in_step(step.loss.whole, self.setting(model))
         if step.contributions:
             # Not through a loss scaler, whose `apply` takes no weights.
             cycle.lead(batch_norms_of(model))

@@ -123,7 +123,7 @@ def find_test_loss(model, micro_batch, effective):
 
 
 def _compute_loss(model, micro_batch, y_pred, tape, effective, training):
-    """List of `Term` without coefficients, and the total loss, within the tape's context."""
+    """The `LossRecorder` that has seen the loss, and the loss, within the tape's context."""
     x, y, sample_weight = micro_batch
     examples = batch_size(micro_batch, model.shared_inputs)
     weighed = None if effective is None else effective.weighed
@@ -131,17 +131,19 @@ def _compute_loss(model, micro_batch, y_pred, tape, effective, training):
     recorder = LossRecorder(tape, effective is not None, examples, times)
     with recorder.recording(model):
         total = _keras.compute_loss(model, x, y, y_pred, sample_weight, training)
-    return recorder.terms, check_total_loss(total)
+    return recorder, check_total_loss(total)
 
 
 def _loss_of(model, micro_batch, found, tape, effective):
     """The `MicroBatchLoss` of what `_compute_loss` found."""
-    terms, total = found
-    weight, share = check_micro_batch_weight(model.micro_batch_weight(*micro_batch)), None
+    recorder, total = found
+    weight = check_micro_batch_weight(model.micro_batch_weight(*micro_batch))
+    share, whole = None, ()
     if weight is None:
         weight = batch_size(micro_batch, model.shared_inputs)
-        share = _share_of(weight, effective)
-    return MicroBatchLoss(tape, total, with_coefficients(terms, tape, total), weight, share)
+        share, whole = _share_of(weight, effective), tuple(recorder.whole)
+    terms = with_coefficients(recorder.terms, tape, total)
+    return MicroBatchLoss(tape, total, terms, weight, share, whole)
 
 
 def gradient_scale(model, loss):

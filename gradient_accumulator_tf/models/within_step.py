@@ -10,6 +10,7 @@ from gradient_accumulator_tf.cycle.micro_batches import is_one_micro_batch, sum_
 from gradient_accumulator_tf.cycle.non_finite import policy_of
 from gradient_accumulator_tf.cycle.rules import Summation, Sums, over_replicas, rules_of
 from gradient_accumulator_tf.models.coupled_loss import run_coupled_step, staged_whole
+from gradient_accumulator_tf.models.couplings import CouplingWarnings
 from gradient_accumulator_tf.models.evaluation import evaluated, outputs_of
 from gradient_accumulator_tf.models.micro_step import (
     Effective,
@@ -43,10 +44,12 @@ class WithinStep:
 
     Attributes:
         micro_batch_size: Examples per micro-batch on a replica.
+        couplings: What warns of losses that couple examples.
     """
 
     def __init__(self, micro_batch_size):
         self.set_micro_batch_size(micro_batch_size)
+        self.couplings = CouplingWarnings()
         self._largest_batch = LargestBatch()
         self._own_fit = None
         self._staged = None
@@ -79,6 +82,10 @@ class WithinStep:
         self.micro_batch_size = check_positive_int(
             "micro_batch_size", value, "examples per micro-batch", instead, largest=2**31 - 1
         )
+
+    def setting(self, model):
+        """How the model accumulates, for messages; None if its losses see all examples."""
+        return None if model.coupled_loss else f"micro_batch_size={self.micro_batch_size}"
 
     def new_drops(self, policy):
         """What counts the dropped micro-batches and cycles; an attribute of the model as well."""
@@ -201,6 +208,7 @@ class WithinStep:
 
         def step(micro_batch):
             step = run_micro_step(model, micro_batch, effective)
+            self.couplings.in_step(step.loss.whole, self.setting(model))
             losses = policy.screen_losses(step.loss.total, step.loss.sums())
             contributions, dropped = policy.screen(step.contributions)
             counts = None if dropped is None else (dropped, tf.ones_like(dropped))
@@ -223,6 +231,7 @@ class WithinStep:
 
         def differentiate(predict, micro_batch, totals):
             loss, y_pred = find_loss(model, micro_batch, predict, effective)
+            self.couplings.in_step(loss.whole, self.setting(model))
             targets, seeds = loss.targets_and_seeds(gradient_scale(model, loss), totals)
             keep, logs = metrics.update(micro_batch, y_pred)
             return loss.tape, targets, seeds, loss.sums(), keep, logs
