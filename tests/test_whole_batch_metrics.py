@@ -67,7 +67,7 @@ METRICS = {
 }
 
 
-def logs_of(model, batch_size, compile_with, execution=None, examples=29):
+def logs_of(model, batch_size, compile_with, execution=None, examples=30):
     """The logs of a training that moves no weight, and of a validation."""
     x, y, weights = regression_data(examples, dtype="float64")
     model.compile("sgd", "mse", **compile_with, **(execution or {}))
@@ -183,6 +183,7 @@ def data_for(kind, examples):
     }[kind]
 
 
+@pytest.mark.filterwarnings("ignore:You are passing weight as `float`")  # confusion matrices
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", KERAS_METRICS)
 def test_keras_metrics_that_are_streamed_add_up(name, weighted):
