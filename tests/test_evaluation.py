@@ -387,7 +387,7 @@ def test_dimensions_known_only_at_run_time(how):
         output_signature=(tf.TensorSpec([None, None, 3]), tf.TensorSpec([None, None, 2])),
     ).apply(tf.data.experimental.assert_cardinality(3))
     if how == "jit":
-        with pytest.raises(ValueError, match="'f1' sees.*With XLA.*jit_compile=False"):
+        with pytest.raises(ValueError, match=r"'f1' sees.*With XLA.*jit_compile=False"):
             ours.evaluate(data, verbose=0)
     else:
         logs, expected = (m.evaluate(data, verbose=0) for m in (ours, model))

@@ -94,6 +94,28 @@ def test_logs_are_the_large_batchs(name, how, float64):
     assert difference(others.values(), expected.values()) > 1e-3
 
 
+def cross_entropy(y_true, y_pred):
+    return ops.mean(keras.losses.categorical_crossentropy(y_true, y_pred))
+
+
+@pytest.mark.parametrize("how", EXECUTIONS)
+def test_losses_that_compute_from_logits_do_so(how, float64):
+    def make_model():
+        start = keras.initializers.RandomNormal(stddev=30.0, seed=1)
+        dense = keras.layers.Dense(3, "softmax", kernel_initializer=start)
+        return keras.Sequential([keras.Input((5,)), dense])
+
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(10, 5)), np.eye(3)[rng.integers(0, 3, 10)]
+    results = []
+    for model in (make_model(), accumulating("micro_batch_size", make_model())[0]):
+        model.compile(loss="mse", metrics=[cross_entropy], **EXECUTIONS[how])
+        results.append(model.test_on_batch(x, y))
+    np.testing.assert_allclose(results[1], results[0], 1e-12)
+    probabilities = model.predict(x, verbose=0)
+    assert abs(float(cross_entropy(y, probabilities)) - results[0][1]) > 0.1
+
+
 def test_several_outputs_of_which_one_is_kept(float64):
     def make_model():
         keras.utils.set_random_seed(3)
