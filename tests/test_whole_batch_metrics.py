@@ -108,7 +108,7 @@ def test_losses_that_compute_from_logits_do_so(how, float64):
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(10, 5)), np.eye(3)[rng.integers(0, 3, 10)]
     results = []
-    for model in (make_model(), accumulating("micro_batch_size", make_model())[0]):
+    for model in (make_model(), in_way("micro_batch_size", make_model())[0]):
         model.compile(loss="mse", metrics=[cross_entropy], **EXECUTIONS[how])
         results.append(model.test_on_batch(x, y))
     np.testing.assert_allclose(results[1], results[0], 1e-12)
