@@ -167,7 +167,7 @@ def classification(examples):
 
 # Arguments of Keras's own metrics, where there are any, and the data that they take.
 ARGUMENTS = {
-    "BinaryIoU": ({}, "binary"),
+    "BinaryIoU": ({}, "one class"),
     "IoU": ({"num_classes": 3, "target_class_ids": [0, 2]}, "labels"),
     "MeanIoU": ({"num_classes": 3}, "labels"),
     "OneHotIoU": ({"num_classes": 3, "target_class_ids": [1]}, "one hot"),
@@ -200,6 +200,7 @@ def data_for(kind, examples):
     return {
         "binary": (one_hot, found),
         "one hot": (one_hot, found),
+        "one class": (one_hot[:, 0], found[:, 0]),
         "sparse": (classes, found),
         "labels": (classes, found.argmax(-1)),
     }[kind]
