@@ -1,6 +1,8 @@
 """Copies of a compiled model, which are trained in its place."""
 
+import contextlib
 import inspect
+import warnings
 from collections.abc import Container
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import check_keras_model
 from gradient_accumulator_tf._keras.model_copies import carry_state, copy_model
+from gradient_accumulator_tf.cycle.coupling import CoupledLossWarning
 from gradient_accumulator_tf.models.accumulate import GradientAccumulateModel
 from gradient_accumulator_tf.optimizers.accumulate import GradientAccumulateOptimizer
 
@@ -85,7 +88,8 @@ class Copies:
         if self._make is None:
             copy, pairs = copy_model(_unwrapped(self._model), x)
         else:
-            copy = _unwrapped(self._make())
+            with _no_word_of_coupled_losses():
+                copy = _unwrapped(self._make())
             try:
                 pairs = carry_state(_unwrapped(self._model), copy, x)
             except ValueError as error:
@@ -142,20 +146,14 @@ class Copies:
             "optimizer": self._scaling(optimizer),
             "steps_per_execution": 1,
         }
-        if self._make is not None:
-            # The function compiled it, with what a `compile` of its own takes.
-            wraps = isinstance(copy, GradientAccumulateModel)
-            (GradientAccumulateModel if wraps else keras.Model).compile(copy, **arguments)
-            return Copy(copy, pairs)
-        try:
-            inspect.signature(copy.compile).bind(**arguments)
-        except TypeError as error:
-            raise ValueError(
-                "A model whose `compile` takes other arguments than Keras's must come from a "
-                f"function that compiles it. Received: {type(copy).__name__}.compile, which says: "
-                f"{error}. Pass a function that returns the compiled model in its place."
-            ) from error
-        copy.compile(**arguments)
+        with _no_word_of_coupled_losses():
+            if self._make is None:
+                _check_takes(copy.compile, type(copy).__name__, arguments)
+                copy.compile(**arguments)
+            else:
+                # The function compiled it, with what a `compile` of its own takes.
+                wraps = isinstance(copy, GradientAccumulateModel)
+                (GradientAccumulateModel if wraps else keras.Model).compile(copy, **arguments)
         return Copy(copy, pairs)
 
     def _scaling(self, optimizer):
@@ -170,6 +168,26 @@ class Copies:
             initial_scale=float(tf.convert_to_tensor(scale)),
             dynamic_growth_steps=scaler.dynamic_growth_steps,
         )
+
+
+@contextlib.contextmanager
+def _no_word_of_coupled_losses():
+    """Hides the warning of losses that couple examples, since the report names them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoupledLossWarning)
+        yield
+
+
+def _check_takes(function, owner, arguments):
+    """Raises ValueError if a model's `compile` does not take these arguments."""
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            "A model whose `compile` takes other arguments than Keras's must come from a "
+            f"function that compiles it. Received: {owner}.compile, which says: {error}. Pass a "
+            "function that returns the compiled model in its place."
+        ) from error
 
 
 def _unwrapped(model):
