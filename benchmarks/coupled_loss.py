@@ -30,14 +30,14 @@ MOST_MEMORY, MOST_TIME = 1.15, 1.4
 
 
 def nt_xent(y_true, y_pred, temperature=0.5):
-    """Each of the views (examples, 2, dimensions) is to find the other one among all views."""
+    """Each of the views (examples, 2, dimensions) is to find the other one; a value for each."""
     del y_true
     views = tf.math.l2_normalize(tf.concat([y_pred[:, 0], y_pred[:, 1]], 0), axis=1)
     number = tf.shape(views)[0]
     itself = tf.eye(number, dtype=views.dtype)
     logits = tf.matmul(views, views, transpose_b=True) / temperature - 1e9 * itself
     partner = tf.roll(tf.range(number), number // 2, 0)
-    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(partner, logits))
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(partner, logits)
 
 
 def build_net(size, filters):
@@ -126,7 +126,7 @@ def peak_of_loss(examples):
 
     @tf.function
     def derivative(outputs):
-        return tf.gradients(nt_xent(None, outputs), outputs)
+        return tf.gradients(tf.reduce_mean(nt_xent(None, outputs)), outputs)
 
     return peak_of(lambda: derivative(outputs))
 

@@ -160,17 +160,18 @@ def draw(results, figure):
     for result, color, style in zip(results, colors, styles, strict=True):
         epochs = range(1, len(result["accuracy"]) + 1)
         accuracy = [100 * value for value in result["accuracy"]]
-        curves.plot(epochs, accuracy, color=color, label=result["way"], **style)
-    curves.set(title="Accuracy of a linear probe", xlabel="epoch", ylabel="%")
+        label = f"{result['way']} ({result['updates']} updates)"
+        curves.plot(epochs, accuracy, color=color, label=label, **style)
+    curves.set(title="Accuracy of a linear probe on the embeddings", xlabel="epoch", ylabel="%")
     curves.xaxis.get_major_locator().set_params(integer=True)
     curves.legend(frameon=False, handlelength=3.5)
 
     others = results[1:]
-    names = [result["way"].replace(", ", "\n").replace("=", "=\n") for result in others]
+    names = [result["way"].replace(", ", "\n").replace("=", "\n=") for result in others]
     distances = [result["weight_difference"] for result in others]
     drawn = bars.bar(names, distances, color=colors[1:])
     bars.bar_label(drawn, [shown_difference(distance) for distance in distances], padding=3)
-    bars.set(title="Weights' distance to the large batch's, over its movement", yscale="log")
+    bars.set(title="Weight difference from the large batch", yscale="log")
     bars.margins(y=0.12)
     for axes in (curves, bars):
         axes.spines[["top", "right"]].set_visible(False)

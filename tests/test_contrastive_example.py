@@ -39,13 +39,14 @@ def test_an_image_is_compared_with_those_of_its_digit():
 
 def test_the_picture_names_each_way():
     results = [
-        {"way": way, "accuracy": [0.5, 0.7], "weight_difference": 10.0**-i}
+        {"way": way, "accuracy": [0.5, 0.7], "weight_difference": 10.0**-i, "updates": 4}
         for i, way in enumerate(contrastive.WAYS)
     ]
     figure = Figure()
     contrastive.draw(results, figure)
     curves, bars = figure.axes
-    assert [text.get_text() for text in curves.get_legend().get_texts()] == list(contrastive.WAYS)
+    labels = [text.get_text() for text in curves.get_legend().get_texts()]
+    assert labels == [f"{way} (4 updates)" for way in contrastive.WAYS]
     assert [text.get_text() for text in bars.texts] == ["1.0e-01", "1.0e-02", "1.0e-03"]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._checks import check_keras_model
 from gradient_accumulator_tf._keras.model_copies import carry_state, copy_model
 from gradient_accumulator_tf.cycle.coupling import CoupledLossWarning
 from gradient_accumulator_tf.models.accumulate import GradientAccumulateModel
@@ -202,12 +203,12 @@ def check_model(model):
         TypeError: If it is not a Keras model.
         ValueError: If it is not compiled, with one optimizer, or not built, or on replicas.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a compiled Keras 3 model, or a function that returns one. "
-            f"Received: {model!r} (of type {type(model).__name__}). Pass the model itself, as it "
-            "was given to `model.compile`, or a function of no arguments that returns it."
-        )
+    check_keras_model(
+        model,
+        "Pass the model itself, as it was given to `model.compile`, or a function of no arguments "
+        "that returns it.",
+        kind="a compiled Keras 3 model, or a function that returns one",
+    )
     if not model.compiled or model.optimizer is None:
         raise ValueError(
             "`model` must be compiled, so that its copies can be trained. Received: "
