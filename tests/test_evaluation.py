@@ -19,7 +19,7 @@ from tests.oracle import (
     regression_data,
 )
 
-EXAMPLES = 29  # two effective batches and a partial one, whose last micro-batch is smaller
+EXAMPLES = 30  # two effective batches and a partial one, whose last micro-batch is smaller
 
 
 def tokens():
@@ -145,7 +145,8 @@ def correlation(y_true, y_pred):
 
 def in_batch_accuracy(y_true, y_pred):
     nearest = keras.ops.argmin(keras.ops.abs(y_pred - keras.ops.transpose(y_true)), axis=1)
-    return keras.ops.cast(nearest == keras.ops.arange(keras.ops.shape(y_true)[0]), "float32")
+    own = keras.ops.arange(keras.ops.shape(y_true)[0], dtype=nearest.dtype)
+    return keras.ops.cast(nearest == own, "float32")
 
 
 @pytest.mark.parametrize("how", EXECUTIONS)
@@ -160,26 +161,25 @@ def test_a_loss_that_compares_examples(how, float64):
     logs = evaluated(ours, data, {**compile_with, **EXECUTIONS[how]})
     assert list(logs) == list(expected)
     assert list(logs.values()) == pytest.approx(list(expected.values()), rel=1e-12)
-    others = evaluated(wrapped(model), data, compile_with)
+    with pytest.warns(UserWarning, match="coupled_loss=True"):
+        others = evaluated(wrapped(model), data, compile_with)
     assert abs(others["loss"] - expected["loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("coupled_loss", [True, "all_replicas"])
 def test_a_loss_that_compares_examples_on_two_replicas(coupled_loss, float64):
     make_model, (x, y, _), _ = of_regression(dense_model)
-    model = make_model()
-    model.compile(loss=correlation)
-    halves = (slice(15), slice(15, None))  # of 29 examples
-    if coupled_loss is True:
-        of_replicas = [model.evaluate(x[half], y[half], 15, 0) for half in halves]
-        expected = np.average(of_replicas, weights=[15, 14])
-    else:
-        expected = model.evaluate(x, y, EXAMPLES, 0)
-    with mirrored().scope():
+    # The plain model's loss is of a replica as well, or that of one device.
+    on_one, on_two = mirrored(1), mirrored()
+    with (on_one if coupled_loss == "all_replicas" else on_two).scope():
+        model = make_model()
+        model.compile(loss=correlation)
+    with on_two.scope():
         ours = GradientAccumulateModel(
             model=make_model(), micro_batch_size=MICRO, coupled_loss=coupled_loss
         )
         ours.compile(loss=correlation)
+    expected = model.evaluate(x, y, EXAMPLES, 0)
     assert ours.evaluate(x, y, EXAMPLES, 0) == pytest.approx(expected, rel=1e-12)
 
 
@@ -358,16 +358,17 @@ def test_ragged_inputs_and_outputs(how):
         def call(self, x):
             return tf.reduce_sum(x, axis=1)
 
+    def dense(outputs):
+        ragged = isinstance(outputs, tf.RaggedTensor)
+        return np.asarray(outputs.to_tensor() if ragged else outputs)
+
     data = tf.data.Dataset.from_tensors(x)
     for model in (Doubles(), Sums()):
         ours = GradientAccumulateModel(model=model, micro_batch_size=3)
         ours.compile(**EXECUTIONS[how])
-        expected = model.predict(data, verbose=0)
-        tf.nest.map_structure(
-            lambda a, b: np.testing.assert_array_equal(tf.convert_to_tensor(a), b),
-            ours.predict(data, verbose=0),
-            tf.nest.map_structure(tf.convert_to_tensor, expected),
-        )
+        outputs, expected = (tf.nest.flatten(m.predict(data, verbose=0)) for m in (ours, model))
+        for mine, plain in zip(outputs, expected, strict=True):
+            np.testing.assert_array_equal(dense(mine), dense(plain))
 
 
 @pytest.mark.parametrize("how", EXECUTIONS)
@@ -375,19 +376,24 @@ def test_dimensions_known_only_at_run_time(how):
     inputs = keras.Input((None, 3))
     model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
     ours = wrapped(model)
-    compile_with = {"loss": "mse", "metrics": [f1]}
     x = np.random.default_rng(1).normal(size=(10, 6, 3)).astype("float32")
     y = x[..., :2]
-    model.compile(**compile_with)
-    ours.compile(**compile_with, **EXECUTIONS[how])
+    model.compile(loss="mse", metrics=[f1])
+    ours.compile(loss="mse", metrics=[f1], **EXECUTIONS[how])
+    parts = [(x, y), (x[:7, :5], y[:7, :5]), (x[:2], y[:2])]
     data = tf.data.Dataset.from_generator(
-        lambda: iter([(x, y), (x[:7, :5], y[:7, :5])]),
+        lambda: iter(parts),
         output_signature=(tf.TensorSpec([None, None, 3]), tf.TensorSpec([None, None, 2])),
-    )
-    np.testing.assert_allclose(
-        ours.evaluate(data, verbose=0), model.evaluate(data, verbose=0), 1e-6
-    )
-    np.testing.assert_allclose(ours.predict(x, 10, 0), model.predict(x, 10, 0), 1e-5, 1e-6)
+    ).apply(tf.data.experimental.assert_cardinality(3))
+    if how == "jit":
+        with pytest.raises(ValueError, match=r"'f1' sees.*With XLA.*jit_compile=False"):
+            ours.evaluate(data, verbose=0)
+    else:
+        logs, expected = (m.evaluate(data, verbose=0) for m in (ours, model))
+        np.testing.assert_allclose(logs, expected, 1e-6)
+    for data in (x, tf.data.Dataset.from_tensors(x)):
+        outputs, expected = (m.predict(data, verbose=0) for m in (ours, model))
+        np.testing.assert_allclose(outputs, expected, 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("how", EXECUTIONS)

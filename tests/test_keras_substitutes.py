@@ -100,3 +100,36 @@ def test_keras_alone_clips_each_replica_before_it_sums():
     assert (float(one.numpy()), float(two.numpy())) == (-2.0, -1.0)
     assert {int(v) for v in strategy.experimental_local_results(agreeing.iterations.value)} == {1}
     assert set(vars(agreeing)) == attributes
+
+
+@pytest.mark.fast
+def test_replaced_updates_are_called_and_put_back():
+    metric, seen = keras.metrics.MeanAbsoluteError(), []
+
+    def replace(metric, update_state):
+        def update(y_true, y_pred, sample_weight=None):
+            seen.append(metric)
+            update_state(2.0 * y_true, y_pred, sample_weight)
+
+        return update
+
+    with _keras.replaced_updates([metric, metric], replace):
+        metric.update_state(tf.ones((1, 1)), tf.zeros((1, 1)))
+    metric.update_state(tf.ones((1, 1)), tf.zeros((1, 1)))
+    assert (seen, float(metric.total)) == ([metric], 3.0)
+    assert "update_state" not in vars(metric)
+
+
+@pytest.mark.fast
+def test_compiled_without_parts_for_a_while():
+    x, y, _ = regression_data(4)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("adam", "mse", metrics=["mae"])
+    optimizer = model.optimizer
+    data = tf.constant(x), None, None
+    with _keras.compiled_without(model, "optimizer", "_compile_loss", "_compile_metrics"):
+        _keras.build_for_training(model, data)
+    assert model.built and model.optimizer is optimizer and not optimizer.built
+    # Without it, Keras builds all.
+    _keras.build_for_training(model, (tf.constant(x), tf.constant(y), None))
+    assert optimizer.built

@@ -89,3 +89,44 @@ def test_backups_in_another_folder(tmp_path):
     files = ("latest.weights.h5", "training_metadata.json")
     assert {f"{name}{end}" for name in files for end in ("", ".bkp")} < set(os.listdir(tmp_path))
     assert '"epoch": 3' in (tmp_path / files[1]).read_text()
+
+
+@pytest.mark.fast
+def test_compiled_metrics_are_those_given_to_compile():
+    model = dense_model()
+    model.own = keras.metrics.Mean(name="own")
+    model.compile("sgd", "mse", metrics=["mae"], weighted_metrics=["mse"])
+    assert _keras.compiled_metrics(model) == []  # not built yet
+    x, y, weights = regression_data(4)
+    expected = model.evaluate(x, y, verbose=0, sample_weight=weights, return_dict=True)
+    metrics = _keras.compiled_metrics(model)
+    assert [m.name for m in metrics] == ["mae", "mse"]
+    model.reset_metrics()
+    _keras.update_compiled_metrics(model, y, model(x), weights)
+    assert [float(m.result()) for m in metrics] == pytest.approx(
+        [expected["mae"], expected["mse"]], rel=1e-5
+    )
+    plain = dense_model()
+    plain.compile("sgd", "mse")
+    assert _keras.compiled_metrics(plain) == []
+    _keras.update_compiled_metrics(plain, y, plain(x), weights)
+
+
+@pytest.mark.fast
+def test_metric_function_has_the_metrics_arguments():
+    function = _keras.metric_function(keras.metrics.BinaryAccuracy(threshold=0.9))
+    assert float(function(tf.ones((1, 1)), tf.fill((1, 1), 0.8))[0]) == 0.0
+    assert _keras.metric_function(keras.metrics.AUC()) is None
+
+
+@pytest.mark.fast
+def test_added_losses_are_without_regularisers():
+    class Adds(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(2.0 * tf.reduce_sum(x))
+            return x
+
+    model = keras.Sequential([Adds(), keras.layers.Dense(1, kernel_regularizer="l2")])
+    model(tf.ones((1, 1)))
+    assert len(model.losses) == 2
+    assert [float(loss) for loss in _keras.added_losses(model)] == [2.0]

@@ -67,7 +67,7 @@ METRICS = {
 }
 
 
-def logs_of(model, batch_size, compile_with, execution=None, examples=29):
+def logs_of(model, batch_size, compile_with, execution=None, examples=30):
     """The logs of a training that moves no weight, and of a validation."""
     x, y, weights = regression_data(examples, dtype="float64")
     model.compile("sgd", "mse", **compile_with, **(execution or {}))
@@ -92,6 +92,28 @@ def test_logs_are_the_large_batchs(name, how, float64):
     # Micro-batches one by one give others, or this test could not fail.
     others = logs_of(dense_model(), MICRO, METRICS[name]())
     assert difference(others.values(), expected.values()) > 1e-3
+
+
+def cross_entropy(y_true, y_pred):
+    return ops.mean(keras.losses.categorical_crossentropy(y_true, y_pred))
+
+
+@pytest.mark.parametrize("how", EXECUTIONS)
+def test_losses_that_compute_from_logits_do_so(how, float64):
+    def make_model():
+        start = keras.initializers.RandomNormal(stddev=30.0, seed=1)
+        dense = keras.layers.Dense(3, "softmax", kernel_initializer=start)
+        return keras.Sequential([keras.Input((5,)), dense])
+
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(10, 5)), np.eye(3)[rng.integers(0, 3, 10)]
+    results = []
+    for model in (make_model(), in_way("micro_batch_size", make_model())[0]):
+        model.compile(loss="mse", metrics=[cross_entropy], **EXECUTIONS[how])
+        results.append(model.test_on_batch(x, y))
+    np.testing.assert_allclose(results[1], results[0], 1e-12)
+    probabilities = model.predict(x, verbose=0)
+    assert abs(float(cross_entropy(y, probabilities)) - results[0][1]) > 0.1
 
 
 def test_several_outputs_of_which_one_is_kept(float64):
@@ -145,7 +167,7 @@ def classification(examples):
 
 # Arguments of Keras's own metrics, where there are any, and the data that they take.
 ARGUMENTS = {
-    "BinaryIoU": ({}, "binary"),
+    "BinaryIoU": ({}, "one class"),
     "IoU": ({"num_classes": 3, "target_class_ids": [0, 2]}, "labels"),
     "MeanIoU": ({"num_classes": 3}, "labels"),
     "OneHotIoU": ({"num_classes": 3, "target_class_ids": [1]}, "one hot"),
@@ -178,11 +200,13 @@ def data_for(kind, examples):
     return {
         "binary": (one_hot, found),
         "one hot": (one_hot, found),
+        "one class": (one_hot[:, 0], found[:, 0]),
         "sparse": (classes, found),
         "labels": (classes, found.argmax(-1)),
     }[kind]
 
 
+@pytest.mark.filterwarnings("ignore:You are passing weight as `float`")  # confusion matrices
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", KERAS_METRICS)
 def test_keras_metrics_that_are_streamed_add_up(name, weighted):

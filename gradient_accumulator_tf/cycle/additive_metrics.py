@@ -40,7 +40,7 @@ def adds_up(metric, y_true, y_pred, sample_weight):
             return bool(declared)
     if getattr(keras.metrics, type(metric).__name__, None) is not type(metric):
         return False
-    if sample_weight is not None and sample_weight.shape.rank == 0:
+    if sample_weight is not None and tf.TensorShape(getattr(sample_weight, "shape", ())).rank == 0:
         return False  # a mean with one weight for all counts a micro-batch as one example
     if function is None:
         return True

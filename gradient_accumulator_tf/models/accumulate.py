@@ -106,6 +106,12 @@ class GradientAccumulateModel(ModelWrapper):
     BatchNormalization normalises by the micro-batch, unless `batch_norm="exact"`. Dropout draws
     other numbers.
 
+    With `micro_batch_size`, `evaluate`, `predict` and validation run in micro-batches as well, and
+    return the numbers of the plain model. Metrics that add up over the examples are updated with
+    each micro-batch. For others, such as a function that returns one number or a `Metric` class of
+    your own, the outputs of the effective batch are kept, and they are updated once. An attribute
+    `additive`, True or False, of the metric or the function says what cannot be known of it.
+
     ```python
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
     model = GradientAccumulateModel(model=model, micro_batch_size=16)

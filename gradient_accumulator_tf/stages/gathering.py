@@ -127,11 +127,12 @@ class Gathering:
                 f"jit_compile=False. {remedy}"
             )
         rows, examples = tensor.shape[0], self._examples
+        fitting = [n for n in (examples, self._micro_batch_size) if isinstance(n, int)]
         if rows is None:
             received = [rule, tf.shape(tensor), "for examples:", examples, remedy]
             short = f"{name} must have one row for each example"
             return with_rows(tensor, examples, received, short)
-        if rows not in (examples, self._micro_batch_size):
+        if rows not in fitting:
             raise NotRowsError(f"{rule} shape {tuple(tensor.shape)}. {remedy}")
         return tensor
 

@@ -22,18 +22,19 @@ def gathered(kept, batch, micro_batch_size, name):
     Raises:
         ValueError: If the tensors have another number of rows, or with XLA no static shape.
     """
-    shape = kept.rest.shape[1:]
-    if shape.is_fully_defined():
+    looped = kept.looped
+    shape = kept.rest.shape if isinstance(looped, list) else looped.element_shape
+    if shape[1:].is_fully_defined():
         return _scattered(kept, batch, micro_batch_size, name)
     if _keras.compiles_with_xla():
         raise ValueError(
             "With XLA all dimensions but the first must be static where rows of several "
-            f"micro-batches meet. Received: {name} of shape {kept.rest.shape}. Give the model's "
+            f"micro-batches meet. Received: {name} of shape {shape}. Give the model's "
             "inputs a static shape, or compile with jit_compile=False."
         )
-    if not isinstance(kept.looped, list):
-        return kept.looped.concat()
-    return tf.concat(kept.looped, 0) if kept.looped else kept.rest
+    if not isinstance(looped, list):
+        return looped.concat()
+    return tf.concat(looped, 0) if looped else kept.rest
 
 
 def _scattered(kept, batch, micro_batch_size, name):
