@@ -207,14 +207,19 @@ def scalars_of(folder):
     return found
 
 
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard(tmp_path):
+def test_tensorboard_and_csv_logger(tmp_path):
     for way in ("plain", *WAYS):
         board = keras.callbacks.TensorBoard(
             tmp_path / way, histogram_freq=1, write_steps_per_second=True, update_freq=1
         )
-        Run(way, board, epochs=2)
-    plain = scalars_of(tmp_path / "plain")
+        Run(way, board, keras.callbacks.CSVLogger(tmp_path / f"{way}.csv"), epochs=2)
+    plain, plain_rows = scalars_of(tmp_path / "plain"), rows_of(tmp_path / "plain.csv")
     assert ("validation", "evaluation_loss_vs_iterations", 8) in plain
     for way in WAYS:
         scalars = scalars_of(tmp_path / way)
@@ -225,19 +230,9 @@ def test_tensorboard(tmp_path):
             assert name in scalars, f"{way}: {name}"
             if "per_second" not in name[1] and "batch_" not in name[1]:
                 np.testing.assert_allclose(scalars[name], value, rtol=1e-5, err_msg=str(name))
-
-
-def rows_of(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
-
-
-def test_csv_logger(tmp_path):
-    for way in ("plain", *WAYS):
-        Run(way, keras.callbacks.CSVLogger(tmp_path / way), epochs=2)
-        rows = rows_of(tmp_path / way)
+        rows = rows_of(tmp_path / f"{way}.csv")
         assert len(rows) == 2
-        for row, expected in zip(rows, rows_of(tmp_path / "plain"), strict=True):
+        for row, expected in zip(rows, plain_rows, strict=True):
             assert list(row) == list(expected) == ["epoch", "loss", "val_loss"]
             for name, value in expected.items():
                 np.testing.assert_allclose(float(row[name]), float(value), 2e-6, err_msg=way)

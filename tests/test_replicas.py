@@ -220,7 +220,8 @@ def test_four_replicas(way):
     assert difference(model.get_weights(), large.get_weights()) < 1e-6
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
+# AutoGraph reads the whole of the package's and Keras's steps for a function of the user's.
+@pytest.mark.parametrize("mode, eager", [("accum_steps", True), ("micro_batch_size", False)])
 def test_the_models_train_step_in_a_custom_loop(mode, eager):
     x, y, _ = regression_data(96)
     large, _ = _plain(OPTIMIZERS["adam"], "mse", {"x": x, "y": y}, epochs=1)

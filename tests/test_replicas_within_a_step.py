@@ -1,5 +1,7 @@
 """Losses and layers that exchange values between replicas, each of which then waits for another."""
 
+import functools
+
 import keras
 import pytest
 import tensorflow as tf
@@ -50,8 +52,7 @@ def trained(make_model, loss, y, strategy=None, **mode):
     return model.fit(x, y, batch_size=size, epochs=2, shuffle=False, verbose=0).history, model
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("run_eagerly", [pytest.param(False, marks=pytest.mark.fast), True])
 def test_a_loss_may_exchange_values_between_replicas(run_eagerly):
     y = [regression_data(2 * STEPS * BATCH, seed=seed)[1] for seed in (2, 3)]
     expected, large = trained(two_outputs, [centred_in_parts, "mae"], y)
@@ -92,5 +93,20 @@ def test_each_replica_has_the_losses_that_were_added_on_it():
     # When Keras alone has the same weights, `added_losses_of_each_replica` can go.
     _, alone = trained(lambda: adding_a_loss(Waits()), "mse", y, mirrored())
     assert difference(alone.get_weights(), large.get_weights()) > 1e-3
+    assert difference(model.get_weights(), large.get_weights()) < 1e-6
+    assert difference(history.values(), expected.values()) < 1e-6
+
+
+def waiting(y_true, y_pred):
+    return tf.reduce_mean(tf.square(y_true - y_pred) + 0.0 * mean_over_replicas(y_pred), -1)
+
+
+def test_each_replica_has_its_added_losses_with_the_loss_of_the_effective_batch():
+    y = regression_data(2 * STEPS * BATCH)[1]
+    make_model = functools.partial(adding_a_loss, keras.layers.Identity())
+    expected, large = trained(make_model, "mse", y)
+    history, model = trained(
+        make_model, waiting, y, mirrored(), micro_batch_size=BATCH // 2, coupled_loss=True
+    )
     assert difference(model.get_weights(), large.get_weights()) < 1e-6
     assert difference(history.values(), expected.values()) < 1e-6

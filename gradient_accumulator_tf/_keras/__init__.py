@@ -17,6 +17,7 @@ Modules here import each other directly, and in this order only:
 from gradient_accumulator_tf._keras.execution import (
     assign_on_replica,
     compiles_with_xla,
+    data_of_trace,
     is_parameter_server,
     replica_local,
     replicas_need_no_merge_call,
@@ -113,6 +114,7 @@ __all__ = [
     "compiles_with_xla",
     "compute_loss",
     "copied_optimizer",
+    "data_of_trace",
     "gradients_over_replicas",
     "graph_of",
     "has_graph",

@@ -50,3 +50,20 @@ def is_parameter_server(strategy):
         "ParameterServer" in c.__name__ or "CentralStorage" in c.__name__
         for c in type(strategy).__mro__
     )
+
+
+def data_of_trace():
+    """List of the tensors by which the function being traced gets its data.
+
+    `FuncGraph.inputs` are its arguments and what it captured. An operation whose type begins with
+    "IteratorGetNext" returns what an iterator has.
+    """
+    if tf.executing_eagerly():
+        return []
+    graph = tf.compat.v1.get_default_graph()
+    tensors = list(getattr(graph, "inputs", ()))
+    for operation in graph.get_operations():
+        if operation.type.startswith("IteratorGetNext"):
+            tensors += operation.outputs
+    # Variables and iterators come as resources.
+    return [t for t in tensors if t.dtype not in (tf.resource, tf.variant)]

@@ -102,21 +102,21 @@ def added_losses_of_each_replica(model):
 
 @contextlib.contextmanager
 def replaced_updates(metrics, replace):
-    """Puts `replace(metric, update_state)` in place of the `update_state` of each metric.
+    """Puts `replace(metric, update_state)` in place of metrics' `update_state`, on this thread.
 
     Args:
         metrics: List of `keras.Metric`.
         replace: Function that takes a metric and its method, and returns the function to call.
     """
-    metrics = list(dict.fromkeys(metrics))  # one may have been given twice
-    # In the object's own `__dict__`, where Keras's `__setattr__` tracks nothing.
-    for metric in metrics:
-        vars(metric)["update_state"] = replace(metric, metric.update_state)
-    try:
+
+    def call(method, *args, metric, **kwargs):
+        return replace(metric, method)(*args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for metric in dict.fromkeys(metrics):  # one may have been given twice
+            update = functools.partial(call, metric=metric)
+            stack.enter_context(SUBSTITUTIONS.routed(metric, "update_state", update))
         yield
-    finally:
-        for metric in metrics:
-            del vars(metric)["update_state"]
 
 
 @contextlib.contextmanager

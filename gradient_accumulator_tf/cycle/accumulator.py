@@ -285,10 +285,11 @@ class GradientAccumulator(tf.Module):
 
     def take(self, contributions, dropped, steps, end):
         """Adds one micro-batch; see `Accumulator`."""
-        # A cycle that has begun keeps its length.
-        begun = tf.greater(self.micro_step, 0)
-        self.steps_in_cycle.assign(tf.where(begun, self.steps_in_cycle, steps()))
-        self.add(*contributions, dropped=dropped)
+        with tf.control_dependencies(_needed_to_count(contributions)):
+            # A cycle that has begun keeps its length.
+            begun = tf.greater(self.micro_step, 0)
+            self.steps_in_cycle.assign(tf.where(begun, self.steps_in_cycle, steps()))
+            self.add(*contributions, dropped=dropped)
         received = [c.received for c in contributions]
         run_on_replicas_if(
             lambda: tf.greater_equal(self.micro_step, self.steps_in_cycle),
@@ -316,16 +317,11 @@ class GradientAccumulator(tf.Module):
             )
         self.ever_received.update(present)
         self.make_groups(len(contributions))
-        # Backpropagation computes the last gradient first. Nothing may be counted before it is
-        # there: the graph of a step also runs in the call that finds the data at its end.
-        last = [c.gradients[present[-1]] for c in contributions]
-        ready = [t for t in tf.nest.flatten(last, expand_composites=True) if t is not None]
-        with tf.control_dependencies(ready):
-            for group, contribution in zip(self._groups, contributions, strict=False):
-                group.add(contribution)
-            if dropped is not None:
-                self.dropped.assign_add(dropped)
-            self.micro_step.assign_add(1)
+        for group, contribution in zip(self._groups, contributions, strict=False):
+            group.add(contribution)
+        if dropped is not None:
+            self.dropped.assign_add(dropped)
+        self.micro_step.assign_add(1)
 
     def if_received(self, wanted, received, update):
         """Calls `update(indices, certain)` with the variables that got a gradient in this cycle.
@@ -409,6 +405,25 @@ class GradientAccumulator(tf.Module):
         """Starts a new cycle as if there had been none before."""
         self.reset()
         self.steps_in_cycle.assign(tf.zeros_like(self.steps_in_cycle))
+
+
+def _needed_to_count(contributions):
+    """List of what must be there before a micro-batch may be added and counted.
+
+    The graph of a step also runs in the call that finds no more data. In it, every operation runs
+    that does not depend on the data. The gradient of a regulariser is one, so data are waited for.
+    Each contribution's last gradient is waited for as well, in case data come in a way that is not
+    seen. Backpropagation computes it first. To wait for all gradients would keep a copy of the
+    parameters in memory.
+    """
+    last = []
+    for contribution in contributions:
+        if contribution.received:
+            last.append(contribution.gradients[max(contribution.received)])
+    gradients = [t for t in tf.nest.flatten(last, expand_composites=True) if t is not None]
+    needed = [*gradients, *_keras.data_of_trace()]
+    # One operation to wait for, in place of an edge from each tensor to each operation.
+    return [tf.group(*needed)] if not tf.executing_eagerly() else []
 
 
 def _alone(contribution):

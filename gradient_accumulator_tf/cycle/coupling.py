@@ -13,6 +13,10 @@ import keras
 import tensorflow as tf
 
 
+class CoupledLossWarning(UserWarning):
+    """A loss couples the examples of a batch, or may do so, and is computed per micro-batch."""
+
+
 class Coupling(NamedTuple):
     """A loss that couples examples, or may do so.
 
@@ -147,7 +151,7 @@ def warn_of(couplings: list[Coupling], setting: str) -> None:
                 f"a model with {setting}. For a mean, let it return a value for each example. "
                 f"Otherwise use {remedy}."
             )
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, CoupledLossWarning, stacklevel=3)
 
 
 def _name_in_keras(loss):

@@ -10,19 +10,38 @@ from gradient_accumulator_tf.equivalence.report import Cause
 
 _COUPLED = (
     "GradientAccumulateModel(micro_batch_size=..., coupled_loss=True), which computes the loss "
-    "over the outputs of the whole effective batch"
+    "from the outputs of the whole effective batch"
 )
 
 
-def causes_of(evidence: Evidence) -> tuple[Cause, ...]:
-    """The causes that the evidence shows, or that nothing known is the cause."""
+# Kinds of what a loss over the whole effective batch may mend.
+_OF_LOSSES = {"loss", "coupled_loss", "order"}
+
+
+def causes_of(evidence: Evidence, is_equal_if_coupled: Callable[[], bool]) -> tuple[Cause, ...]:
+    """The causes that the evidence shows, or that nothing known is the cause.
+
+    Args:
+        evidence: `Evidence`.
+        is_equal_if_coupled: Function that trains with `coupled_loss=True`, and returns whether that
+            equals the large batch. It is called where nothing but the loss may be the cause.
+    """
     wrong_reduction = _wrong_reduction(evidence)
     if wrong_reduction is not None:
-        return (wrong_reduction,)  # it was tried, and explains all
-    found = [cause for detect in DETECTORS if (cause := detect(evidence)) is not None]
-    # Repeated rows were added first in what it is compared with, so they leave nothing unexplained.
+        found = [wrong_reduction]  # it was tried, and explains all
+    else:
+        found = _found_by(DETECTORS, evidence)
+        if all(cause.kind in _OF_LOSSES for cause in found) and is_equal_if_coupled():
+            tried = evidence._replace(coupled_is_equal=True)
+            found = _found_by((_whole_losses, _coupled_losses), tried)
     rows = [repeated_rows(evidence.repeated_rows)] if evidence.repeated_rows else []
+    # Rows explain nothing that is left: what it is compared with has them added.
     return tuple([*(found or [_UNKNOWN]), *(rows if evidence.repeats else [])])
+
+
+def _found_by(detectors, evidence):
+    """List of the causes that detectors find."""
+    return [cause for detect in detectors if (cause := detect(evidence)) is not None]
 
 
 def repeated_rows(paths: tuple[str, ...]) -> Cause:
@@ -36,6 +55,9 @@ def repeated_rows(paths: tuple[str, ...]) -> Cause:
         "compared with a large batch that does so too. Nothing has to be done. To train a "
         "large batch in this way, put it into GradientAccumulateModel(micro_batch_size=2**31 - 1).",
     )
+
+
+Detector = Callable[[Evidence], Cause | None]
 
 
 def _wrong_reduction(evidence: Evidence) -> Cause | None:
@@ -204,13 +226,13 @@ def _loss_of_own_step(evidence: Evidence) -> Cause | None:
         "if the loss divides by something else than the examples (the sum of a mask), pass that as "
         "`weight=` to `optimizer.apply`, or use GradientAccumulateModel. If it looks across the "
         "examples (a contrastive loss), the mean over micro-batches is another one: compute it in "
-        f"`compute_loss` instead of a `train_step`, in a {_COUPLED}; or train it on the large "
+        f"`compute_loss` instead of `train_step`, in {_COUPLED}; or train it on the large "
         "batch, in less memory with GradientCheckpoint.",
     )
 
 
 def _own_compute_loss(evidence: Evidence) -> Cause | None:
-    own = evidence.has_own_loss and not evidence.couples_losses
+    own = evidence.has_own_loss and not evidence.way.couples_losses
     if evidence.way.calls_optimizer or not own:
         return None
     return Cause(
@@ -224,37 +246,46 @@ def _own_compute_loss(evidence: Evidence) -> Cause | None:
 
 
 def _whole_losses(evidence: Evidence) -> Cause | None:
-    own = evidence.way.calls_optimizer or evidence.has_own_loss or evidence.couples_losses
-    if own or not evidence.losses.whole:
+    if not _may_couple(evidence) or not evidence.losses.whole:
         return None
     return Cause(
         "loss",
         evidence.losses.whole,
-        "reduces to one number by itself, which counts for the examples of a micro-batch. "
-        f"{_COUPLED}, is right for any such loss. Without it: if the loss "
-        "divides by something else, such as the sum of its own mask, derive the model from "
-        "GradientAccumulateModel and override `micro_batch_weight` to return that; or let the "
-        "loss return a value for each element, in a keras.losses.Loss with "
-        'reduction="mean_with_sample_weight", and give the mask as `sample_weight`.',
+        "reduces to one number by itself, which counts for the examples of a micro-batch. Use "
+        f"{_COUPLED}{_tried(evidence)}. Or, if the loss divides by something else than the "
+        "examples, such as the sum of its own mask: derive the model from GradientAccumulateModel "
+        "and override `micro_batch_weight` to return that; or let the loss return a value for each "
+        'element, in a keras.losses.Loss with reduction="mean_with_sample_weight", and give the '
+        "mask as `sample_weight`.",
     )
 
 
 def _coupled_losses(evidence: Evidence) -> Cause | None:
-    own = evidence.way.calls_optimizer or evidence.has_own_loss or evidence.couples_losses
-    coupled = evidence.losses.coupled
-    if own or not coupled:
+    coupled, only = evidence.losses.coupled, evidence.coupled_is_equal
+    if not _may_couple(evidence) or not (coupled or (only and not evidence.losses.whole)):
         return None
-    reasons = "; ".join(dict.fromkeys(coupled.values()))
+    reasons = "; ".join(dict.fromkeys(coupled.values())) or "the loss looks across the examples"
     return Cause(
         "coupled_loss",
         tuple(coupled),
-        f"{reasons}. The mean over micro-batches is another loss. {_COUPLED}, gives the large "
-        "batch's.",
+        f"{reasons}, so that its mean over micro-batches is another loss. Use "
+        f"{_COUPLED}{_tried(evidence)}.",
     )
 
 
+def _may_couple(evidence: Evidence) -> bool:
+    """Whether a loss that looks across the examples could make it differ, and be mended."""
+    way = evidence.way
+    own_loss = evidence.has_own_loss and not evidence.coupled_is_equal
+    return not (way.calls_optimizer or way.couples_losses or own_loss)
+
+
+def _tried(evidence: Evidence) -> str:
+    return ", with which it is equal (tried)" if evidence.coupled_is_equal else ""
+
+
 # In the order of the report.
-DETECTORS: tuple[Callable[[Evidence], Cause | None], ...] = (
+DETECTORS: tuple[Detector, ...] = (
     _batch_norm,
     _random,
     _state,
@@ -275,6 +306,6 @@ _UNKNOWN = Cause(
     (),
     "nothing that is known for it. Look for what takes a mean, a maximum or a product over "
     "the examples, axis 0, in a loss or a layer. No sum of micro-batches' gradients is then the "
-    f"large batch's. For a loss or a `compute_loss`: {_COUPLED}. For a layer: let it look at one "
+    f"large batch's. For a loss: {_COUPLED}. For a layer: let it look at one "
     "example at a time, or train it on the large batch, in less memory with GradientCheckpoint.",
 )

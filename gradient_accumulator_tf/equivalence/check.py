@@ -111,7 +111,7 @@ def check_equivalence(
     variables = trials.reference.differences(accumulated)
     equivalent = all(v.within for v in variables)
     if not equivalent:
-        causes = causes_of(trials.evidence())
+        causes = causes_of(trials.evidence(), trials.is_equal_if_coupled)
     else:
         causes = (repeated_rows(trials.repeated_rows),) if trials.repeated_rows else ()
     setting = way.setting(order.shape[1], updates, bool(trials.repeated_rows))

@@ -1,6 +1,8 @@
 """Copies of a compiled model, which are trained in its place."""
 
+import contextlib
 import inspect
+import warnings
 from collections.abc import Container
 from typing import Any, NamedTuple
 
@@ -9,7 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf._checks import check_keras_model
 from gradient_accumulator_tf._keras.model_copies import carry_state, copy_model
+from gradient_accumulator_tf.cycle.coupling import CoupledLossWarning
 from gradient_accumulator_tf.models.accumulate import GradientAccumulateModel
 from gradient_accumulator_tf.optimizers.accumulate import GradientAccumulateOptimizer
 
@@ -84,7 +88,8 @@ class Copies:
         if self._make is None:
             copy, pairs = copy_model(_unwrapped(self._model), x)
         else:
-            copy = _unwrapped(self._make())
+            with _no_word_of_coupled_losses():
+                copy = _unwrapped(self._make())
             try:
                 pairs = carry_state(_unwrapped(self._model), copy, x)
             except ValueError as error:
@@ -141,20 +146,14 @@ class Copies:
             "optimizer": self._scaling(optimizer),
             "steps_per_execution": 1,
         }
-        if self._make is not None:
-            # The function compiled it, with what a `compile` of its own takes.
-            wraps = isinstance(copy, GradientAccumulateModel)
-            (GradientAccumulateModel if wraps else keras.Model).compile(copy, **arguments)
-            return Copy(copy, pairs)
-        try:
-            inspect.signature(copy.compile).bind(**arguments)
-        except TypeError as error:
-            raise ValueError(
-                "A model whose `compile` takes other arguments than Keras's must come from a "
-                f"function that compiles it. Received: {type(copy).__name__}.compile, which says: "
-                f"{error}. Pass a function that returns the compiled model in its place."
-            ) from error
-        copy.compile(**arguments)
+        with _no_word_of_coupled_losses():
+            if self._make is None:
+                _check_takes(copy.compile, type(copy).__name__, arguments)
+                copy.compile(**arguments)
+            else:
+                # The function compiled it, with what a `compile` of its own takes.
+                wraps = isinstance(copy, GradientAccumulateModel)
+                (GradientAccumulateModel if wraps else keras.Model).compile(copy, **arguments)
         return Copy(copy, pairs)
 
     def _scaling(self, optimizer):
@@ -171,6 +170,26 @@ class Copies:
         )
 
 
+@contextlib.contextmanager
+def _no_word_of_coupled_losses():
+    """Hides the warning of losses that couple examples, since the report names them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoupledLossWarning)
+        yield
+
+
+def _check_takes(function, owner, arguments):
+    """Raises ValueError if a model's `compile` does not take these arguments."""
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            "A model whose `compile` takes other arguments than Keras's must come from a "
+            f"function that compiles it. Received: {owner}.compile, which says: {error}. Pass a "
+            "function that returns the compiled model in its place."
+        ) from error
+
+
 def _unwrapped(model):
     """The model in a GradientAccumulateModel; any other model itself."""
     wraps = isinstance(model, GradientAccumulateModel) and model.model is not None
@@ -184,12 +203,12 @@ def check_model(model):
         TypeError: If it is not a Keras model.
         ValueError: If it is not compiled, with one optimizer, or not built, or on replicas.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a compiled Keras 3 model, or a function that returns one. "
-            f"Received: {model!r} (of type {type(model).__name__}). Pass the model itself, as it "
-            "was given to `model.compile`, or a function of no arguments that returns it."
-        )
+    check_keras_model(
+        model,
+        "Pass the model itself, as it was given to `model.compile`, or a function of no arguments "
+        "that returns it.",
+        kind="a compiled Keras 3 model, or a function that returns one",
+    )
     if not model.compiled or model.optimizer is None:
         raise ValueError(
             "`model` must be compiled, so that its copies can be trained. Received: "

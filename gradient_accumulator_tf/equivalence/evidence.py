@@ -17,7 +17,8 @@ class Losses(NamedTuple):
 
     Attributes:
         whole: Names of those whose own function returns one number for a whole batch.
-        coupled: Dict of names to reasons, of those that look across the examples in another way.
+        coupled: Dict of the names of others that are known to look across the examples, and of what
+            each does.
     """
 
     whole: tuple[str, ...]
@@ -43,6 +44,7 @@ class Evidence(NamedTuple):
             gradient of; or None.
         repeats: Whether the large batches' training, made again, ended in the same weights.
         repeated_rows: As of `Trials`.
+        coupled_is_equal: Whether it was found to equal the large batch with `coupled_loss=True`.
     """
 
     model: Any
@@ -57,16 +59,12 @@ class Evidence(NamedTuple):
     loss_vector: str | None
     repeats: bool
     repeated_rows: tuple[str, ...] = ()
+    coupled_is_equal: bool = False
 
     @property
     def layers(self) -> list[tuple[str, Any]]:
         """Pairs (path, layer) of all layers in the model."""
         return list(layers_by_path(self.model))
-
-    @property
-    def couples_losses(self) -> bool:
-        """Whether the loss is computed over the outputs of the whole effective batch."""
-        return bool(getattr(self.model, "coupled_loss", False))
 
     @property
     def has_own_loss(self) -> bool:
@@ -101,7 +99,7 @@ def random_layers(model, moved):
 
 
 def compiled_losses(model: Any, batch: tuple) -> Losses:
-    """Runs each compiled loss on a batch and on its parts.
+    """Runs each compiled loss on a batch.
 
     Args:
         model: A model that was trained.
@@ -112,10 +110,8 @@ def compiled_losses(model: Any, batch: tuple) -> Losses:
     def replace(loss):
         def seen(y_true, y_pred, sample_weight=None):
             value, values = call_and_keep_values(loss, y_true, y_pred, sample_weight)
-            rank = getattr(y_pred, "shape", tf.TensorShape(None)).rank
+            rank = tf.nest.flatten(y_pred)[0].shape.rank
             reason = couples(loss, rank)
-            if reason is None and values is not None and values.shape.rank:
-                reason = _depends_on_others(loss, y_true, y_pred)
             if reason is not None:
                 coupled[loss.name] = reason
             elif values is not None and values.shape.rank == 0:
@@ -133,33 +129,3 @@ def compiled_losses(model: Any, batch: tuple) -> Losses:
     except Exception:  # a model that trains may do neither of the two by itself
         pass
     return Losses(tuple(whole), coupled)
-
-
-def _depends_on_others(loss, y_true, y_pred):
-    """Why a loss of each example is another one in a smaller batch; None if it is the same."""
-
-    def values_of(*places):
-        y = tf.nest.map_structure(lambda t: tf.convert_to_tensor(t)[slice(*places)], y_true)
-        p = tf.nest.map_structure(lambda t: t[slice(*places)], y_pred)
-        return loss.call(_in_dtype(loss, y), _in_dtype(loss, p))
-
-    examples = len(tf.nest.flatten(y_pred)[0])
-    alone, again = values_of(0, examples), values_of(0, examples)
-    parts = tf.concat([values_of(0, examples // 2), values_of(examples // 2, examples)], axis=0)
-    if alone.shape != parts.shape:
-        return "has no value for each example"
-
-    def differ(values):
-        largest = tf.reduce_max(tf.abs(alone - values))
-        return bool(largest > 1e-4 * tf.reduce_max(tf.abs(alone)))
-
-    # A loss that draws random numbers differs from itself.
-    return (
-        "gives an example another value in another batch" if differ(parts) > differ(again) else None
-    )
-
-
-def _in_dtype(loss, structure):
-    return tf.nest.map_structure(
-        lambda t: keras.ops.convert_to_tensor(t, dtype=loss.dtype), structure
-    )

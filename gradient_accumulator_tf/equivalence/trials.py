@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator_tf import _keras
+from gradient_accumulator_tf.cycle.coupling import CoupledLossWarning
 from gradient_accumulator_tf.equivalence.copies import Copy
 from gradient_accumulator_tf.equivalence.data import rows
 from gradient_accumulator_tf.equivalence.evidence import (
@@ -160,6 +161,15 @@ class Trials:
             repeated_rows=self.repeated_rows,
         )
 
+    def is_equal_if_coupled(self) -> bool:
+        """Whether the model equals the large batches with `coupled_loss=True`."""
+        micro_batch_size = self._way.cut.micro_batch_size or self._micro_batch
+        try:
+            copy = self._way.coupled(self._one, micro_batch_size)
+            return copy is not None and self.reference.is_met_by(self._train(copy, self._size))
+        except Exception:  # it refuses some models, with an error that is not for this user
+            return False
+
     def _train(self, copy, batch_size, *, order=None, show_warnings=False, **fit):
         x, y, sample_weight = rows(self._data, (self._order if order is None else order).ravel())
         fit = {"batch_size": batch_size, "shuffle": False, "verbose": 0, **fit}
@@ -205,10 +215,10 @@ def _distance(starts, ends):
 
 @contextlib.contextmanager
 def _quietly(show_warnings: bool) -> Iterator[None]:
-    """Hides TensorFlow's warning of many traces, since each copy has its own.
+    """Hides what each copy would say: of many traces, and of a loss that couples examples.
 
     Args:
-        show_warnings: Whether the training's own warnings are shown, as they are of one copy.
+        show_warnings: Whether all other warnings are shown, as they are of one copy.
     """
 
     def is_not_of_tracing(record):
@@ -218,8 +228,7 @@ def _quietly(show_warnings: bool) -> Iterator[None]:
     logger.addFilter(is_not_of_tracing)
     try:
         with warnings.catch_warnings():
-            if not show_warnings:
-                warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", CoupledLossWarning if show_warnings else Warning)
             yield
     finally:
         logger.removeFilter(is_not_of_tracing)

@@ -93,6 +93,7 @@ class Way:
         calls_optimizer: Whether Keras's or that step hands its gradients to an optimizer that
             accumulates, and takes the "mean" or "sum" of a cycle.
         reduction: Which of the two.
+        couples_losses: Whether the loss is computed from the outputs of the whole effective batch.
 
     Raises:
         ValueError: If not exactly one way to accumulate is given, or none for this model.
@@ -121,6 +122,7 @@ class Way:
         self.has_own_step = type(model).train_step not in steps
         self.calls_optimizer = self.wrapper == "optimizer" or self.has_own_step
         self.reduction = "mean" if self._own is None else self._own.reduction
+        self.couples_losses = bool(getattr(model, "coupled_loss", False))
 
     def setting(self, size, updates, adds_rows=False):
         """What is compared, in words."""
@@ -157,12 +159,32 @@ class Way:
         optimizer = self._copies.new_optimizer(pairs)
         if self._own is not None or self.wrapper == "optimizer":
             optimizer = self._accumulating(optimizer, reduction=reduction or self.reduction)
-        if self.wrapper == "model" and not self._is_wrapped:
-            copy = GradientAccumulateModel(model=copy, **self.cut._asdict())
-        elif self._is_wrapped and self._model.model is not None:
-            config = {**self._model.get_config(), **self.cut._asdict(), "model": copy}
-            copy = type(self._model)(**config)
+        if self.wrapper == "model" and not isinstance(copy, GradientAccumulateModel):
+            copy = self._wrapped(copy, **self.cut._asdict())
         return self._copies.compiled(copy, pairs, optimizer)
+
+    def coupled(self, x, micro_batch_size):
+        """The `Copy` that accumulates with `coupled_loss=True`; None if the model cannot.
+
+        Args:
+            x: Inputs to build it with.
+            micro_batch_size: Examples per micro-batch; `fit` takes effective batches.
+        """
+        if self.wrapper != "model" or self.has_own_step or self.couples_losses:
+            return None
+        copy, pairs = self._copies.new_model(x)
+        if isinstance(copy, GradientAccumulateModel):
+            return None  # its own constructor says whether it does
+        optimizer = self._copies.new_optimizer(pairs)
+        cut = Cut(micro_batch_size, None)
+        copy = self._wrapped(copy, **cut._asdict(), coupled_loss=True)
+        return self._copies.compiled(copy, pairs, optimizer)
+
+    def _wrapped(self, copy, **arguments):
+        """The copy in a GradientAccumulateModel like the one around the model, if there is one."""
+        config = self._model.get_config() if self._is_wrapped else {}
+        kind = type(self._model) if self._is_wrapped else GradientAccumulateModel
+        return kind(**{**config, **arguments, "model": copy})
 
     def _accumulating(self, optimizer, **changed):
         """An optimizer that accumulates as the model's does, or by `accum_steps`."""

@@ -7,7 +7,6 @@ gets the derivatives of its own outputs (Gao et al. 2021, Scaling deep contrasti
 size under memory limited setup).
 """
 
-import contextlib
 from typing import Any, NamedTuple
 
 import keras
@@ -22,10 +21,12 @@ from gradient_accumulator_tf.cycle.rules import Summation
 from gradient_accumulator_tf.models.micro_step import batch_norms_of, call_model, update_metrics
 from gradient_accumulator_tf.replicated.replicas import (
     as_on_one_device,
+    number_of_replicas,
     on_average_replica,
     own_rows,
     rows_of_all_replicas,
 )
+from gradient_accumulator_tf.replicated.side_effects import RecordingScope
 from gradient_accumulator_tf.stages.barrier import Barrier, Finished
 from gradient_accumulator_tf.stages.engine import StagedGradients
 from gradient_accumulator_tf.stages.loss import LossNode
@@ -119,7 +120,7 @@ class CoupledLoss(Barrier):
     def finish(self, total, gathered):
         """Computes the loss, its derivatives, and the metrics."""
         del total
-        model, over_all = self._model, self._model.coupled_loss == "all_replicas"
+        model, over_all = self._model, _is_over_replicas(self._model)
         rows, data = _seen_by_loss(model, self._batch, gathered)
         watched = [t for t in rows if t.dtype.is_floating]
         with tf.GradientTape() as tape:
@@ -186,10 +187,12 @@ def run_coupled_test(model, batch, micro_batch_size):
     node = LossNode()
 
     def step(micro_batch):
-        _keras.clear_added_losses(model)
-        y_pred = call_model(model, micro_batch[0], training=False)
+        with _keras.added_losses_of_each_replica(model):
+            _keras.clear_added_losses(model)
+            y_pred = call_model(model, micro_batch[0], training=False)
+            added = _keras.added_losses(model)
         weight = check_micro_batch_weight(model.micro_batch_weight(*micro_batch))
-        taken = node.take(y_pred, _keras.added_losses(model), weight)
+        taken = node.take(y_pred, added, weight)
         return (), list(taken.values()), None
 
     _, kept, _ = sum_over_micro_batches(
@@ -201,14 +204,14 @@ def run_coupled_test(model, batch, micro_batch_size):
     ]
     of_loss, data = _seen_by_loss(model, batch, rows)
     loss = _loss_of_rows(model, data, node, of_loss, training=False)
-    if model.coupled_loss == "all_replicas":
+    if _is_over_replicas(model):
         loss = on_average_replica(loss)
     return loss, _metrics_of_rows(model, batch, node, rows)
 
 
 def _seen_by_loss(model, batch, rows):
     """The rows and `(x, y, sample_weight)` that the loss is computed from on this replica."""
-    if model.coupled_loss != "all_replicas":
+    if not _is_over_replicas(model):
         return rows, batch.data
     x, *rest = batch.data
     own = type(model).compute_loss is not keras.Model.compute_loss
@@ -220,16 +223,37 @@ def _seen_by_loss(model, batch, rows):
 
 def _loss_of_rows(model, data, node, rows, training=True):
     """Scalar, the loss of outputs that are given in rows, and of what layers added."""
-    over_all = model.coupled_loss == "all_replicas"
-    with as_on_one_device() if over_all else contextlib.nullcontext():
+
+    def compute():
         y_pred, added = node.put_together(rows)
         _keras.clear_added_losses(model)
         if added:
             model.add_loss(added)
         x, y, sample_weight = data
-        loss = _keras.compute_loss(model, x, y, y_pred, sample_weight, training)
+        return _keras.compute_loss(model, x, y, y_pred, sample_weight, training)
+
+    loss = _as_one_replica(model, compute) if _is_over_replicas(model) else compute()
     _keras.clear_added_losses(model)
     return check_total_loss(loss)
+
+
+def _as_one_replica(model, compute):
+    """The result of a function in which Keras divides no mean by the number of replicas.
+
+    What it assigns, such as the values of metrics, is assigned behind it: this replica's variables
+    belong to the strategy in force, which is another one within.
+    """
+    # In a scope Keras looks up what weights are regularised there only.
+    regularized = [(v, tf.convert_to_tensor(v)) for v in model.trainable_weights if v.regularizer]
+    with as_on_one_device(), RecordingScope(regularized, collect_losses=True) as scope:
+        result = compute()
+    for variable, value in scope.changes():
+        variable.assign(value)
+    return result
+
+
+def _is_over_replicas(model):
+    return model.coupled_loss == "all_replicas" and number_of_replicas() > 1
 
 
 def _metrics_of_rows(model, batch, node, rows):

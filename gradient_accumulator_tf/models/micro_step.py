@@ -114,11 +114,12 @@ def find_test_loss(model, micro_batch, effective):
     Returns:
         `MicroBatchLoss`, and the predictions.
     """
-    _keras.clear_added_losses(model)
-    y_pred = call_model(model, micro_batch[0], training=False)
-    # This one is only for what each term counts for in the total loss.
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        found = _compute_loss(model, micro_batch, y_pred, tape, effective, training=False)
+    with _keras.added_losses_of_each_replica(model):
+        _keras.clear_added_losses(model)
+        y_pred = call_model(model, micro_batch[0], training=False)
+        # This one is only for what each term counts for in the total loss.
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            found = _compute_loss(model, micro_batch, y_pred, tape, effective, training=False)
     return _loss_of(model, micro_batch, found, tape, effective), y_pred
 
 

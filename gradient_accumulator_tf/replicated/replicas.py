@@ -103,19 +103,14 @@ def as_on_one_device():
     """Within this context Keras divides no mean by the number of replicas.
 
     For a loss over the examples of all replicas, which each replica computes as a whole. Variables
-    are read as this replica has them. Nothing within it may synchronise replicas.
+    are read as this replica has them. None may be assigned within it, and nothing synchronised.
     """
-    if number_of_replicas() == 1:
-        yield
-        return
     context = tf.distribute.get_replica_context()
     (device,) = tf.nest.flatten(context.devices)
     strategy = tf.distribute.OneDeviceStrategy(device)
     replica = context.replica_id_in_sync_group
-    with (
-        tf.distribute.ReplicaContext(strategy, replica_id_in_sync_group=replica),
-        tf.device(device),
-    ):
+    alone = tf.distribute.ReplicaContext(strategy, replica_id_in_sync_group=replica)
+    with alone, tf.device(device):
         yield
 
 
