@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from gradient_accumulator_tf import GradientAccumulateModel
+from gradient_accumulator_tf import GradientAccumulateModel, GradientCheckpoint
 from tests import coupled_losses
 from tests.coupled_losses import (
     CASES,
@@ -497,6 +497,25 @@ def _shared_dropout():
     return keras.Model(inputs, layers.Dense(DIMENSIONS)(dropout(x)))
 
 
+def _recurrent():
+    """Its cell draws masks for the inputs and for the state."""
+    return keras.Sequential(
+        [
+            keras.Input((FEATURES,)),
+            layers.Reshape((FEATURES, 1)),
+            layers.GRU(UNITS, dropout=0.3, recurrent_dropout=0.3, seed=3),
+            layers.Dense(DIMENSIONS),
+        ]
+    )
+
+
+def _checkpointed():
+    """Computed a third time, for its gradients."""
+    return GradientCheckpoint(
+        keras.Sequential([keras.Input((UNITS,)), layers.Dense(UNITS), layers.Dropout(0.4, seed=3)])
+    )
+
+
 REPLAYED = {
     "dropout": _dense_around(lambda: layers.Dropout(0.4, seed=3)),
     "two_generators": _dense_around(
@@ -507,6 +526,8 @@ REPLAYED = {
     "counter": _dense_around(_Counting),
     "output_of_a_counter": _dense_around(_Anneal),
     "moving_statistics": _dense_around(lambda: layers.BatchNormalization(momentum=0.9)),
+    "recurrent_dropout": _recurrent,
+    "gradient_checkpoint": _dense_around(_checkpointed),
 }
 
 
@@ -537,6 +558,36 @@ def test_the_second_pass_repeats_the_first(float64, name, how):
     # With another cut, layers draw or count otherwise, and the training is another.
     if name != "counter":
         _assert_other(_train(case, in_pieces(4), arrays=arrays), expected)
+
+
+class _InPieces(layers.Layer):
+    """Calls a layer on as many examples at a time as there are in a micro-batch."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def call(self, inputs, training=False):
+        starts = range(0, LARGE, MICRO)
+        pieces = [self.layer(inputs[i : i + MICRO], training=training) for i in starts]
+        return keras.ops.concatenate(pieces, axis=0)
+
+
+def test_exact_batch_norm_repeats_dropout_too(float64):
+    def case_with(make_dropout):
+        def batch_norm():
+            return layers.BatchNormalization(momentum=0.9)
+
+        return _whole_batches(_dense_around(batch_norm, make_dropout, batch_norm))
+
+    def exact(model):
+        return _coupled(model, batch_norm="exact")
+
+    case, arrays = case_with(lambda: _InPieces(layers.Dropout(0.4, seed=3)))
+    expected = _train(case, arrays=arrays)
+    case, arrays = case_with(lambda: layers.Dropout(0.4, seed=3))
+    _assert_same(_train(case, exact, arrays=arrays), expected)
+    _assert_other(_train(case, arrays=arrays), expected)
 
 
 class _Measuring(layers.Layer):
