@@ -5,9 +5,9 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 # Test processes at a time; each needs a core and up to 4 GB.
 JOBS ?= 2
-LONGEST := exact_batch_norm non_finite callbacks model_losses replicas_contract replicas \
-	gradient_checkpointing multi_worker model_training one_device model_data equivalence layer_swap \
-	wrapped_methods accum_steps optimizer_contract
+LONGEST := coupled_loss exact_batch_norm callbacks evaluation replicas replicas_contract non_finite \
+	model_losses multi_worker gradient_checkpointing exact_mean one_device equivalence model_data \
+	model_training package layer_swap wrapped_methods accum_steps optimizer_contract
 
 # Which benchmarks, and where their figures and pictures go: make benchmarks BENCHMARKS=memory
 BENCHMARKS ?= overhead memory communication compile_time batch_norm coupled_loss checkpointing

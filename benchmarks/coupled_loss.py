@@ -46,7 +46,7 @@ def build_net(size, filters):
     images = x = keras.Input((size, size, 3))
     for factor in (1, 2, 4):
         x = keras.layers.Conv2D(factor * filters, 3, padding="same", activation="tanh")(x)
-        x = keras.layers.AveragePooling2D()(x)
+        x = keras.layers.AveragePooling2D(2)(x)
     x = keras.layers.GlobalAveragePooling2D()(x)
     encoder = keras.Model(images, keras.layers.Dense(DIMENSIONS)(x))
     views = [keras.Input((size, size, 3)) for _ in range(2)]
@@ -273,7 +273,7 @@ def parse(argv):
     )
     parser.add_argument("--error-batches", nargs="+", type=int, default=[64, 256], metavar="N")
     parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--size", type=int, default=32, help="height and width of images")
+    parser.add_argument("--size", type=int, default=64, help="height and width of images")
     parser.add_argument("--filters", type=int, default=32, help="of the first convolution")
     parser.add_argument("--processes", type=int, default=2, help="for each figure of memory")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps")

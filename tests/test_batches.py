@@ -221,7 +221,7 @@ def test_more_rows_of_outputs_than_examples_need_targets_for_each_example():
         return tf.reshape(y_pred, (2, -1, 1)) - y_true
 
     x, y, _ = data()
-    with raises(ValueError, "y of shape (24, 1)", "12 examples", "reshape to (examples, rows"):
+    with raises(ValueError, "y of shape (24, 1)", "12 examples", "reshape it to (examples, rows"):
         trained(wrapped(TwoViews()), (x, np.concatenate([y, y])))
     for loss, targets in ((lambda t, p: tf.square(both(t, p)), y), ("mse", y[:1])):
         expected = trained(TwoViews(), (x, targets), loss=loss)
@@ -330,6 +330,7 @@ def test_each_replica_has_its_own_copy_of_shared_inputs():
     assert difference(state_of(model.weights), expected) < 2e-6
 
 
+@pytest.mark.filterwarnings("ignore:The loss .* reduces to one number:UserWarning")  # a mean
 def test_across_steps_shared_inputs_only_tell_what_counts_the_examples():
     x, y, bank = data()
     model = GradientAccumulateModel(model=Banked((1, 0)), accum_steps=2, shared_inputs=[0])

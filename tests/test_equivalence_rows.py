@@ -78,7 +78,7 @@ SAME = {
     "SGD with momentum": of("SGD", momentum=0.9, nesterov=True),
     "SGD that need not clip": of("SGD", clipnorm=100.0),
     "Lion": of("Lion"),
-    "AdaptiveGradientClipping": lambda: AdaptiveGradientClipping(keras.optimizers.Adam(0.1), 1.0),
+    "AdaptiveGradientClipping": lambda: AdaptiveGradientClipping(keras.optimizers.Adam(0.1)),
 }
 
 

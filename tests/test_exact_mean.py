@@ -13,6 +13,7 @@ from gradient_accumulator_tf.models.micro_step import Effective, run_micro_step
 from tests.oracle import (
     EXECUTIONS,
     KERAS,
+    MODES,
     dense_model,
     difference,
     each_in_turn,
@@ -208,7 +209,7 @@ def test_images_and_numbers_of_different_denominators_are_exact(mode, reductions
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("reductions", PAIRS, ids="-".join)
+@pytest.mark.parametrize("reductions, mode", each_in_turn(PAIRS, MODES, core=PAIRS[:1]))
 def test_different_denominators_are_exact_on_replicas(mode, reductions):
     if mode == "micro_batch_size" and KERAS < (3, 10):
         pytest.skip("metrics of Keras before 3.10 synchronise replicas, which a loop may not")

@@ -265,6 +265,7 @@ class Quartic(keras.losses.Loss):
         return keras.ops.mean((y_true - y_pred) ** 4, axis=-1)
 
 
+@pytest.mark.filterwarnings("ignore:The loss .* reduces to one number:UserWarning")  # a mean
 @pytest.mark.parametrize(
     "make_loss",
     [

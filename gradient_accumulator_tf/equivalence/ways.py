@@ -142,8 +142,10 @@ class Way:
         copy, pairs = self._copies.new_model(x)
         optimizer = self._copies.new_optimizer(pairs)
         sparse = watch_sparse_gradients(optimizer, add_rows=add_rows)
+        if self._is_wrapped and type(self._model) is not GradientAccumulateModel:
+            copy = self._wrapped(copy, **self.cut._asdict())
         if isinstance(copy, GradientAccumulateModel):
-            # A subclass with methods of its own: in one piece.
+            # A subclass may have methods of its own, such as `compute_loss`: in one piece.
             if copy.micro_batch_size is None:
                 copy.accum_steps = 1
             else:
@@ -159,7 +161,7 @@ class Way:
         optimizer = self._copies.new_optimizer(pairs)
         if self._own is not None or self.wrapper == "optimizer":
             optimizer = self._accumulating(optimizer, reduction=reduction or self.reduction)
-        if self.wrapper == "model" and not isinstance(copy, GradientAccumulateModel):
+        if self.wrapper == "model":
             copy = self._wrapped(copy, **self.cut._asdict())
         return self._copies.compiled(copy, pairs, optimizer)
 
@@ -181,7 +183,12 @@ class Way:
         return self._copies.compiled(copy, pairs, optimizer)
 
     def _wrapped(self, copy, **arguments):
-        """The copy in a GradientAccumulateModel like the one around the model, if there is one."""
+        """The copy in a GradientAccumulateModel like the one around the model, if there is one.
+
+        One that is a GradientAccumulateModel without a model in it is left as it is.
+        """
+        if isinstance(copy, GradientAccumulateModel):
+            return copy
         config = self._model.get_config() if self._is_wrapped else {}
         kind = type(self._model) if self._is_wrapped else GradientAccumulateModel
         return kind(**{**config, **arguments, "model": copy})

@@ -290,7 +290,7 @@ class GradientAccumulateModel(ModelWrapper):
     )
     coupled_loss = FixedAttribute[Any](
         "_coupled_loss",
-        'Whose outputs the loss is computed from at once: False, True or "all_replicas".',
+        'Whose outputs the loss is computed from at once, False, True or "all_replicas".',
         _ANOTHER,
     )
     non_finite = FixedAttribute[str](

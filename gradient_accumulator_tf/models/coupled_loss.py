@@ -17,6 +17,7 @@ from gradient_accumulator_tf.batch_norm.cycle_end import model_ends_cycle
 from gradient_accumulator_tf.cycle.losses import check_micro_batch_weight, check_total_loss
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.cycle.non_finite import policy_of
+from gradient_accumulator_tf.cycle.rows import gathered
 from gradient_accumulator_tf.cycle.rules import Summation
 from gradient_accumulator_tf.models.micro_step import batch_norms_of, call_model, update_metrics
 from gradient_accumulator_tf.replicated.replicas import (
@@ -29,8 +30,8 @@ from gradient_accumulator_tf.replicated.replicas import (
 from gradient_accumulator_tf.replicated.side_effects import RecordingScope
 from gradient_accumulator_tf.stages.barrier import Barrier, Finished
 from gradient_accumulator_tf.stages.engine import StagedGradients
+from gradient_accumulator_tf.stages.graph import unique
 from gradient_accumulator_tf.stages.loss import LossNode
-from gradient_accumulator_tf.stages.rows import gathered
 from gradient_accumulator_tf.stages.whole import WholeModel
 
 
@@ -240,12 +241,19 @@ def _loss_of_rows(model, data, node, rows, training=True):
 def _as_one_replica(model, compute):
     """The result of a function in which Keras divides no mean by the number of replicas.
 
-    What it assigns, such as the values of metrics, is assigned behind it: this replica's variables
-    belong to the strategy in force, which is another one within.
+    Variables belong to the strategy in force, which is another one within. So what the function
+    reads of metrics is read before, and what it assigns to any variable is assigned behind it.
     """
-    # In a scope Keras looks up what weights are regularised there only.
-    regularized = [(v, tf.convert_to_tensor(v)) for v in model.trainable_weights if v.regularizer]
-    with as_on_one_device(), RecordingScope(regularized, collect_losses=True) as scope:
+    metrics = _keras.per_output_loss_metrics(model)
+    read = [
+        *model.non_trainable_variables,
+        *model.metrics_variables,
+        *(v for metric in metrics for v in metric.variables),
+        # In a scope Keras looks up there, and nowhere else, what is regularised.
+        *(v for v in model.trainable_weights if v.regularizer is not None),
+    ]
+    values = [(v, tf.convert_to_tensor(v)) for v in unique(read)]
+    with as_on_one_device(), RecordingScope(values, collect_losses=True) as scope:
         result = compute()
     for variable, value in scope.changes():
         variable.assign(value)

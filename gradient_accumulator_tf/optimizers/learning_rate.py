@@ -161,7 +161,7 @@ class ScaledLearningRate(keras.optimizers.schedules.LearningRateSchedule):
             "base_batch_size",
             base_batch_size,
             "examples that the learning rate was found with",
-            "Pass the batch size that the learning rate was found with, such as 32.",
+            "Pass the batch size that the learning rate is for, such as base_batch_size=32.",
         )
         self.accum_steps = check_accum_steps(accum_steps, "batches per update")
         check_choice("rule", rule, tuple(_EXPONENTS))

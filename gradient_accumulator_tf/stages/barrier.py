@@ -21,9 +21,9 @@ the message), and `send_back` for each micro-batch.
 | `send_back` | backward, per micro-batch | the derivative through mean and variance |
 | `end` | once, after the last gradient | moving statistics |
 
-A loss over the outputs of all examples is a barrier that gathers. It stands behind the model's
-outputs, `finish` computes the loss and the derivatives with respect to the outputs, no stage
-applies it, and the message is these derivatives.
+A loss over the outputs of all examples is a barrier that gathers (`models/coupled_loss.py`). It
+stands behind the model's outputs. `finish` computes the loss and its derivatives with respect to
+the outputs, no stage applies it, and the message is these derivatives.
 
 Each method runs on each replica. A barrier that spans replicas adds up over them in `finish` and
 in `pull_back`, which run outside of loops and conditionals.
