@@ -98,7 +98,7 @@ def cross_entropy(y_true, y_pred):
     return ops.mean(keras.losses.categorical_crossentropy(y_true, y_pred))
 
 
-@pytest.mark.parametrize("how", EXECUTIONS)
+@pytest.mark.parametrize("how", ["graph", "eager"])
 def test_losses_that_compute_from_logits_do_so(how, float64):
     def make_model():
         start = keras.initializers.RandomNormal(stddev=30.0, seed=1)
