@@ -79,7 +79,7 @@ def logs_of(model, batch_size, compile_with, execution=None, examples=30):
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    each_in_turn(list(METRICS), EXECUTIONS, core=("scalar function",), fast=("scalar function",)),
+    [*each_in_turn(list(METRICS), EXECUTIONS), ("scalar function", "jit")],
 )
 def test_logs_are_the_large_batchs(name, how, float64):
     if name == "correlation" and not hasattr(keras.metrics, "PearsonCorrelation"):
@@ -311,8 +311,7 @@ def test_compute_metrics_of_a_subclass_sees_the_effective_batch(additive):
         assert logs["f1"] == pytest.approx(float(f1(y, y_pred)), rel=1e-6)
 
 
-@pytest.mark.parametrize("how", ["graph", "jit"])
-def test_with_exact_batch_norm(how, float64):
+def test_with_exact_batch_norm(float64):
     def make_model():
         keras.utils.set_random_seed(2)
         layers = keras.layers
@@ -324,7 +323,7 @@ def test_with_exact_batch_norm(how, float64):
     expected = logs_of(make_model(), EFFECTIVE, compile_with)
     model = GradientAccumulateModel(model=make_model(), micro_batch_size=MICRO, batch_norm="exact")
     compile_with["weighted_metrics"] = [MeanOfBatches()]
-    logs = logs_of(model, EFFECTIVE, compile_with, EXECUTIONS[how])
+    logs = logs_of(model, EFFECTIVE, compile_with)
     assert logs == pytest.approx(expected, rel=1e-9)
 
 

@@ -5,7 +5,7 @@ host, is another class with these methods.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
@@ -18,25 +18,28 @@ from gradient_accumulator_tf.replicated.variables import counter, sum_variable
 
 
 class CycleUpdate(NamedTuple):
-    """How an optimizer ends a cycle.
+    """The update that ends a cycle.
 
     Attributes:
-        of_sums: Function of (run, received), where sums were kept. `run` runs a function on every
-            replica. `received` is a list with the set of the variables, by index, that got a
-            gradient in this call, for each denominator; None in a call without gradients.
-        at_once: Function of a list of gradients, where no sums are kept.
+        apply: Function of a list of gradients, the same on all replicas, that updates on a replica.
+        movable: Set of the variables, by index, that may be updated.
+        drops: What decides whether the means make an update: `Drops` or `NoDrops`.
+        loss_scaler: The `LossScaleOptimizer` that `apply` goes through, or None.
+        ended: Function without arguments to call on a replica once the cycle has ended.
     """
 
-    of_sums: Callable
-    at_once: Callable
+    apply: Callable
+    movable: set
+    drops: Any
+    loss_scaler: Any
+    ended: Callable
 
 
 class Accumulator(Protocol):
     """What an optimizer asks of the state of its cycle.
 
-    One that keeps sums has further methods of `GradientAccumulator`: `if_received`, `finish` and
-    `reset`, which an update calls; `load`, `take_over`, `make_groups` and `make_groups_for`, for
-    files and for an optimizer that takes other variables.
+    One that keeps sums has further methods of `GradientAccumulator`, for files and for an optimizer
+    that takes other variables: `load`, `take_over`, `make_groups` and `make_groups_for`.
 
     Attributes:
         keeps_sums: Whether micro-batches are added up. If not, each one is an update.
@@ -58,7 +61,7 @@ class Accumulator(Protocol):
     def just_ended(self):
         """Scalar bool tensor: whether the last micro-batch ended its cycle."""
 
-    def take(self, contributions, dropped, steps, end):
+    def take(self, contributions, dropped, steps, update):
         """Takes one micro-batch on a replica, and ends the cycle if it is the last one.
 
         Args:
@@ -66,11 +69,11 @@ class Accumulator(Protocol):
             dropped: float64 scalar, 1 if they were made to count for nothing; None if they never
                 are.
             steps: Function that returns the micro-batches of a cycle that begins now.
-            end: `CycleUpdate`.
+            update: `CycleUpdate`.
         """
 
-    def flush(self, end):
-        """Ends a partial cycle if there is one; `end` as for `take`."""
+    def flush(self, update):
+        """Ends a partial cycle if there is one; `update` as for `take`."""
 
     def drop(self):
         """Starts a new cycle as if there had been none before."""
@@ -106,7 +109,7 @@ class NoSums:
         self._note()
         return tf.greater(tf.convert_to_tensor(self._iterations()), 0)
 
-    def take(self, contributions, dropped, steps, end):
+    def take(self, contributions, dropped, steps, update):
         """Hands the only contribution on."""
         del dropped, steps
         self._note()
@@ -116,9 +119,9 @@ class NoSums:
         # gradients keeps that call from counting.
         ready = tf.nest.flatten(gradients, expand_composites=True)
         with tf.control_dependencies([t for t in ready if t is not None]):
-            end.at_once(gradients)
+            update.apply(gradients)
 
-    def flush(self, end):
+    def flush(self, update):
         """Nothing is left over."""
         self._note()
 
@@ -283,7 +286,7 @@ class GradientAccumulator(tf.Module):
         ended = tf.greater(self.steps_in_cycle, 0)
         return tf.logical_and(ended, tf.equal(self.micro_step, 0))
 
-    def take(self, contributions, dropped, steps, end):
+    def take(self, contributions, dropped, steps, update):
         """Adds one micro-batch; see `Accumulator`."""
         with tf.control_dependencies(_needed_to_count(contributions)):
             # A cycle that has begun keeps its length.
@@ -293,13 +296,13 @@ class GradientAccumulator(tf.Module):
         received = [c.received for c in contributions]
         run_on_replicas_if(
             lambda: tf.greater_equal(self.micro_step, self.steps_in_cycle),
-            lambda run: end.of_sums(run, received),
+            lambda run: self._end(run, received, update),
         )
 
-    def flush(self, end):
+    def flush(self, update):
         """Ends a partial cycle if there is one; see `Accumulator`."""
         run_on_replicas_if(
-            lambda: tf.greater(self.micro_step, 0), lambda run: end.of_sums(run, received=None)
+            lambda: tf.greater(self.micro_step, 0), lambda run: self._end(run, None, update)
         )
 
     def add(self, *contributions, dropped=None):
@@ -323,7 +326,30 @@ class GradientAccumulator(tf.Module):
             self.dropped.assign_add(dropped)
         self.micro_step.assign_add(1)
 
-    def if_received(self, wanted, received, update):
+    def _end(self, run, received, update):
+        """Updates with the cycle's means and starts a new cycle.
+
+        Args:
+            run: Function that runs a function on every replica.
+            received: As for `_if_received`.
+            update: `CycleUpdate`.
+        """
+
+        def start_anew():
+            self.reset()
+            update.ended()
+
+        def update_with(indices, certain):
+            def result():
+                micro_steps = tf.cast(self.micro_step.value(), tf.float64)
+                return *self.finish(indices, certain), micro_steps * number_of_replicas()
+
+            update.drops.update_across(run, result, update.apply, update.loss_scaler)
+            run(start_anew)
+
+        self._if_received(update.movable, received, update_with)
+
+    def _if_received(self, wanted, received, update):
         """Calls `update(indices, certain)` with the variables that got a gradient in this cycle.
 
         In a graph only the traced call is known. A variable without a gradient in it may have got

@@ -196,27 +196,17 @@ class Cycle:
         self.length.make_variable()
 
     def _update(self):
-        return CycleUpdate(of_sums=self._end, at_once=self._apply)
+        return CycleUpdate(
+            apply=self._apply,
+            movable=self._trained.movable,
+            drops=self.drops,
+            loss_scaler=self.loss_scaler,
+            ended=self._end_followers,
+        )
 
-    def _end(self, run, received):
-        """Updates with the cycle's means and starts a new cycle; see `CycleUpdate`."""
-        accumulator = self.accumulator
-
-        def start_anew():
-            accumulator.reset()
-            for follower in self._followers:
-                follower.end_cycle()
-
-        def update(indices, certain):
-            def result():
-                micro_steps = tf.cast(accumulator.micro_step.value(), tf.float64)
-                everywhere = micro_steps * number_of_replicas()
-                return *accumulator.finish(indices, certain), everywhere
-
-            self.drops.update_across(run, result, self._apply, self.loss_scaler)
-            run(start_anew)
-
-        accumulator.if_received(self._trained.movable, received, update)
+    def _end_followers(self):
+        for follower in self._followers:
+            follower.end_cycle()
 
     def _apply(self, gradients):
         """Hands gradients that are summed over replicas to the inner optimizer.
