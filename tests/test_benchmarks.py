@@ -166,8 +166,8 @@ def test_coupled_loss_in_all_its_parts(float64, in_this_process, monkeypatch, tm
     assert errors[coupled_loss.COUPLED] < 1e-9 and errors[coupled_loss.ORDINARY] > 1e-2
     assert all(len(steps) == 2 for steps in results["time"][4].values())
     printed = capsys.readouterr().out
-    assert "4: peak without the loss within 1.15 of ordinary accumulation? no (1.50)" in printed
-    assert "8: peak without the loss within 1.15 of ordinary accumulation? yes (1.00)" in printed
+    assert "itself apart? no (2.00, the loss 0.50)" in printed
+    assert "itself apart? yes (2.00, the loss 1.00)" in printed
     assert set(json.loads(table.read_text())) == {"setting", *results}
     assert drawing.stat().st_size > 0
 
