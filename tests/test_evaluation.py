@@ -50,7 +50,8 @@ def adding_model():
     hidden = keras.layers.Dense(
         4, "tanh", kernel_regularizer="l2", activity_regularizer=keras.regularizers.L1(0.1)
     )(inputs)
-    return keras.Model(inputs, keras.layers.Dense(1)(AddsLosses()(hidden)))
+    hidden = keras.layers.Dropout(0.5)(AddsLosses()(hidden))  # which does nothing here
+    return keras.Model(inputs, keras.layers.Dense(1)(hidden))
 
 
 def two_outputs():
@@ -212,7 +213,7 @@ def test_test_on_batch_gives_the_plain_models_logs(float64):
 
 def nested_outputs():
     inputs = {"a": keras.Input((5,), name="a"), "b": keras.Input((2,), name="b")}
-    hidden = keras.layers.Dense(4)(inputs["a"])
+    hidden = keras.layers.Dropout(0.5)(keras.layers.Dense(4)(inputs["a"]))
     rows = keras.layers.Reshape((2, 2))(hidden)
     largest = keras.ops.argmax(hidden, axis=-1)  # integers of rank 1
     return keras.Model(inputs, {"z": [hidden, rows], "a": (largest,), "input": inputs["b"]})

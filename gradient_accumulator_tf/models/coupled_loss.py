@@ -17,6 +17,7 @@ from gradient_accumulator_tf.batch_norm.cycle_end import model_ends_cycle
 from gradient_accumulator_tf.cycle.losses import check_micro_batch_weight, check_total_loss
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.cycle.non_finite import policy_of
+from gradient_accumulator_tf.cycle.rows import gathered
 from gradient_accumulator_tf.cycle.rules import Summation
 from gradient_accumulator_tf.models.micro_step import batch_norms_of, call_model, update_metrics
 from gradient_accumulator_tf.replicated.replicas import (
@@ -31,7 +32,6 @@ from gradient_accumulator_tf.stages.barrier import Barrier, Finished
 from gradient_accumulator_tf.stages.engine import StagedGradients
 from gradient_accumulator_tf.stages.graph import unique
 from gradient_accumulator_tf.stages.loss import LossNode
-from gradient_accumulator_tf.stages.rows import gathered
 from gradient_accumulator_tf.stages.whole import WholeModel
 
 

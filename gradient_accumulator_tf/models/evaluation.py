@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from gradient_accumulator_tf.cycle.gathering import Gathering
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
 from gradient_accumulator_tf.cycle.non_finite import PROPAGATE
 from gradient_accumulator_tf.cycle.rules import Summation
@@ -19,7 +20,6 @@ from gradient_accumulator_tf.replicated.replicas import (
     sum_over_replicas,
     undo_averaging,
 )
-from gradient_accumulator_tf.stages.gathering import Gathering
 
 
 def evaluated(model, batch, micro_batch_size):

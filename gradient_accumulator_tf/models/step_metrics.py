@@ -4,8 +4,8 @@ import keras
 
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.cycle.additive_metrics import DECLARATION, adds_up
+from gradient_accumulator_tf.cycle.gathering import Gathering
 from gradient_accumulator_tf.models.micro_step import update_metrics
-from gradient_accumulator_tf.stages.gathering import Gathering
 
 
 class StepMetrics:

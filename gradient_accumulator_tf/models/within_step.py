@@ -6,6 +6,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._checks import check_positive_int
 from gradient_accumulator_tf.cycle.batches import Batch
+from gradient_accumulator_tf.cycle.gathering import NotRowsError
 from gradient_accumulator_tf.cycle.micro_batches import is_one_micro_batch, sum_over_micro_batches
 from gradient_accumulator_tf.cycle.non_finite import policy_of
 from gradient_accumulator_tf.cycle.rules import Summation, Sums, over_replicas, rules_of
@@ -24,7 +25,7 @@ from gradient_accumulator_tf.models.micro_step import (
 from gradient_accumulator_tf.models.one_piece import LargestBatch, OwnFit, WarnOfOnePiece
 from gradient_accumulator_tf.models.step_metrics import StepMetrics
 from gradient_accumulator_tf.optimizers.inner import parts_of
-from gradient_accumulator_tf.optimizers.update_order import one_by_one
+from gradient_accumulator_tf.optimizers.update_order import update_of
 from gradient_accumulator_tf.replicated.replicas import (
     number_of_replicas,
     on_average_replica,
@@ -32,7 +33,6 @@ from gradient_accumulator_tf.replicated.replicas import (
     undo_averaging,
 )
 from gradient_accumulator_tf.stages.batch_norm import BATCH_NORM
-from gradient_accumulator_tf.stages.gathering import NotRowsError
 from gradient_accumulator_tf.stages.run import staged_at_barriers
 
 
@@ -270,17 +270,7 @@ class WithinStep:
                 none can be.
         """
         optimizer = model.optimizer
-
-        def apply(gradients):
-            # Keras also runs a step's graph in the call that finds no more data. The dependency on
-            # the gradients keeps that call from counting.
-            with (
-                tf.control_dependencies([g for g in gradients if g is not None]),
-                _keras.replicas_agree(optimizer),
-                one_by_one(optimizer),
-            ):
-                optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
-
+        apply = update_of(optimizer, model.trainable_weights)
         dropped, micro_batches = counts or (tf.zeros((), tf.float64), tf.ones((), tf.float64))
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         self._drops.update(gradients, dropped, micro_batches, apply, optimizer if scaled else None)

@@ -9,6 +9,27 @@ from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.replicated.replicas import number_of_replicas
 
 
+def update_of(optimizer, variables):
+    """Function of a list of gradients, the same on all replicas, that updates on a replica.
+
+    Args:
+        optimizer: A Keras optimizer.
+        variables: List of the variables that the gradients are of.
+    """
+
+    def update(gradients):
+        # Keras also runs a step's graph in the call that finds no more data. The dependency on the
+        # gradients keeps that call from counting.
+        with (
+            tf.control_dependencies([g for g in gradients if g is not None]),
+            _keras.replicas_agree(optimizer),
+            one_by_one(optimizer),
+        ):
+            optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+    return update
+
+
 @contextlib.contextmanager
 def one_by_one(optimizer):
     """Within this context `optimizer` updates each variable only when the one before is done.

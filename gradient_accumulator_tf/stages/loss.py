@@ -7,7 +7,7 @@ Keras attaches to them, and what layers gave to `add_loss`.
 import keras
 import tensorflow as tf
 
-from gradient_accumulator_tf.stages import outputs
+from gradient_accumulator_tf.cycle import outputs
 
 
 class LossNode:

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from gradient_accumulator_tf.cycle.gradients import Summand
 from gradient_accumulator_tf.cycle.micro_batches import sum_over_micro_batches
+from gradient_accumulator_tf.cycle.rows import gathered, spread
 from gradient_accumulator_tf.cycle.rules import Summation
-from gradient_accumulator_tf.stages.rows import gathered, spread
 
 
 class Pass(NamedTuple):

@@ -7,8 +7,8 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf.cycle.batches import batch_size, by_identity, with_rows
 from gradient_accumulator_tf.cycle.micro_batches import is_one_micro_batch
-from gradient_accumulator_tf.stages.outputs import parts_of, put_together
-from gradient_accumulator_tf.stages.rows import gathered
+from gradient_accumulator_tf.cycle.outputs import parts_of, put_together
+from gradient_accumulator_tf.cycle.rows import gathered
 
 
 class NotRowsError(ValueError):
