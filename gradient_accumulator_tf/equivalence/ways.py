@@ -45,6 +45,12 @@ class Cut(NamedTuple):
         given = {name: value for name, value in self._asdict().items() if value is not None}
         return ", ".join(f"{name}={value}" for name, value in given.items())
 
+    def set_one_piece(self, model):
+        """Sets a model that is cut like this to take each of its batches in one piece."""
+        for name, value in (("micro_batch_size", UNLIMITED), ("accum_steps", 1)):
+            if getattr(self, name) is not None:
+                setattr(model, name, value)
+
     def batch_size(self, size):
         """What `fit` takes at a time of an effective batch of `size` examples.
 
@@ -146,10 +152,7 @@ class Way:
             copy = self._wrapped(copy, **self.cut._asdict())
         if isinstance(copy, GradientAccumulateModel):
             # A subclass may have methods of its own, such as `compute_loss`: in one piece.
-            if copy.micro_batch_size is None:
-                copy.accum_steps = 1
-            else:
-                copy.micro_batch_size = UNLIMITED
+            self.cut.set_one_piece(copy)
         if self._own is not None and self.has_own_step:
             # Its step may pass weights, or ask for what a plain optimizer does not have.
             optimizer = self._accumulating(optimizer, accum_steps=1)
