@@ -64,6 +64,25 @@ def fit(way):
     return {"weights": model.get_weights(), "loss": history["loss"], "evaluate": logs}
 
 
+def concordance(y_true, y_pred):
+    """A loss that compares the outputs of all examples."""
+    distances = (y_true - keras.ops.mean(y_true)) * (y_pred - keras.ops.mean(y_pred))
+    spread = keras.ops.var(y_true) + keras.ops.var(y_pred)
+    return 1 - 2 * keras.ops.mean(distances) / (spread + keras.ops.mean(y_true - y_pred) ** 2)
+
+
+def coupled():
+    """Trains with a loss over the outputs of all workers."""
+    x, y, _ = regression_data(EXAMPLES)
+    sizes = {"steps": LARGE // MICRO, "micro": MICRO, "replicas": 2}
+    arguments = {**sizes, "coupled_loss": "all_replicas"}
+    model = in_way("micro_batch_size", dense_model(), **arguments)[0]
+    model.compile(make_scaled(), concordance)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(LARGE)
+    history = model.fit(data, epochs=EPOCHS, verbose=0).history
+    return {"weights": model.get_weights(), "loss": history["loss"]}
+
+
 def custom_loop(strategy):
     x, y, _ = regression_data(EXAMPLES)
     model, optimizer = dense_model(), GradientAccumulateOptimizer(make_optimizer(), LARGE // MICRO)
@@ -193,6 +212,8 @@ def trains_in_every_way(strategy, path, index):
     del index
     results = {way: fit(way) for way in WAYS}
     results["custom_loop"] = custom_loop(strategy)
+    if "micro_batch_size" in WAYS:
+        results["coupled"] = coupled()
     results |= {f"mixed_{way}": mixed_precision(way) for way in WAYS}
     results["saved"] = train_and_save(strategy, path)
     # All have saved once all have passed here.

@@ -71,6 +71,18 @@ def test_fit_equals_the_large_batch_of_one_device(workers, way):
         np.testing.assert_allclose(results[f"{way}/evaluate"][1], logs[1], rtol=2e-6)
 
 
+@pytest.mark.skipif("micro_batch_size" not in job.WAYS, reason="as for the ways of the job")
+def test_a_loss_over_all_workers_is_that_of_one_device(workers):
+    x, y, _ = regression_data(job.EXAMPLES)
+    large = dense_model()
+    large.compile(job.make_scaled(), job.concordance)
+    arguments = {"batch_size": job.LARGE, "epochs": job.EPOCHS, "shuffle": False, "verbose": 0}
+    history = large.fit(x, y, **arguments).history
+    for results, _ in workers:
+        assert difference(results["coupled/weights"], large.get_weights()) < 1e-6
+        np.testing.assert_allclose(results["coupled/loss"], history["loss"], rtol=2e-6)
+
+
 def test_a_custom_loop_equals_the_large_batch_of_one_device(workers):
     x, y, _ = regression_data(job.EXAMPLES)
     large = dense_model()

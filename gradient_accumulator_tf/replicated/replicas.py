@@ -106,9 +106,11 @@ def as_on_one_device():
     are read as this replica has them. None may be assigned within it, and nothing synchronised.
     """
     context = tf.distribute.get_replica_context()
-    (device,) = tf.nest.flatten(context.devices)
+    devices = context.strategy.extended.worker_devices
+    # A variable has a copy for each replica of this worker. Workers have equally many.
+    replica = int(tf.get_static_value(context.replica_id_in_sync_group)) % len(devices)
+    device = devices[replica]
     strategy = tf.distribute.OneDeviceStrategy(device)
-    replica = context.replica_id_in_sync_group
     alone = tf.distribute.ReplicaContext(strategy, replica_id_in_sync_group=replica)
     with alone, tf.device(device):
         yield
