@@ -22,7 +22,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz test-clients lint types docs picture test-oldest test-uncapped benchmarks clean
+.PHONY: help demo test test-fast coverage fuzz test-clients lint types docs picture test-oldest test-uncapped benchmarks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -57,6 +57,12 @@ test-fast: export PYTEST_ARGS := $(PYTEST_ARGS)
 test-fast: $(STAMP)  ## run the core of every feature, in under 4 minutes on 2 cores
 	@printf '%s\n' tests/test_*.py | xargs -P $(JOBS) -n 12 sh -c \
 		'eval "$(RUN) -m pytest -q -m fast $$PYTEST_ARGS $$*" || [ $$? -eq 5 ] || exit 1' -
+
+coverage: $(STAMP)  ## run the test suite, and list the branches of the package that it does not take
+	$(RUN) -m coverage erase
+	$(MAKE) test RUN="$(RUN) -m coverage run --branch --parallel-mode --source=gradient_accumulator_tf"
+	$(RUN) -m coverage combine --quiet
+	$(RUN) -m coverage report --show-missing --skip-covered
 
 fuzz: export FUZZ_EXAMPLES := $(FUZZ_EXAMPLES)
 fuzz: $(STAMP)  ## compare random trainings with the large batch; a failure is printed as a script

@@ -1,6 +1,7 @@
 """The package as it is imported: its public names, and where it must refuse to be."""
 
 import configparser
+import functools
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import keras
 import pytest
+import tensorflow as tf
 
 import gradient_accumulator_tf
 from gradient_accumulator_tf import _installation
@@ -77,5 +79,9 @@ def _snippets():
 
 
 @pytest.mark.parametrize("snippet", list(_snippets()))
-def test_snippets_run(snippet, capsys):
+def test_snippets_run(snippet, capsys, monkeypatch):
+    # Strategies made one after the other in one process share the keys of collectives.
+    no_collectives = {"cross_device_ops": tf.distribute.ReductionToOneDevice()}
+    strategy = functools.partial(tf.distribute.MirroredStrategy, **no_collectives)
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", strategy)
     exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})
