@@ -153,10 +153,10 @@ def _staged(model, micro_batch_size=MICRO):
     def differentiate(predict, micro_batch, totals):
         with tf.GradientTape(persistent=True) as tape:
             loss = tf.reduce_sum((predict(tape) - micro_batch[1]) ** 2)
-        return tape, [loss], [tf.ones_like(loss)], loss, totals
+        return tape, [loss], [tf.ones_like(loss)], loss, [], totals
 
     def run(x, y):
-        gradients, loss, totals = engine.gradients(
+        gradients, loss, _, totals = engine.gradients(
             Batch.of((x, y, None)),
             micro_batch_size,
             model.trainable_variables,
