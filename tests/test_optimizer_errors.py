@@ -91,7 +91,7 @@ def test_more_micro_batches_than_can_be_counted():
         lambda: GradientAccumulateOptimizer("sgd", {0: 2**63}),
         lambda: setattr(optimizer, "accum_steps", 2**70),
     ):
-        with pytest.raises(ValueError, match=rf"accum_steps=\d+\. Pass at most {largest}"):
+        with pytest.raises(ValueError, match=rf"accum_steps(\[0\])?=\d+\. Pass at most {largest}"):
             refused()
 
 

@@ -123,7 +123,8 @@ def replaced_updates(metrics, replace):
 def compiled_without(model, *names):
     """Within this context a model is one that was compiled without these parts.
 
-    `Trainer.optimizer`, `_compile_loss`, `_compile_metrics`. What builds a model for its training
+    `Trainer.optimizer`, which a model that was never compiled does not have, `_compile_loss` and
+    `_compile_metrics`. What builds a model for its training
     (`build_for_training`) also makes the slots of the optimizer, which nothing but training needs.
     """
     with contextlib.ExitStack() as stack:

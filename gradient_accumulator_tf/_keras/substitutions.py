@@ -41,15 +41,15 @@ class Substitutions:
 
         Args:
             owner: The object.
-            name: The attribute. It may be one of its class.
-            make: Function that takes the current value and returns the one to replace it.
+            name: The attribute. It may be one of its class, or one that it is yet to have.
+            make: Function that takes the current value, or None, and returns the one to replace it.
         """
         key = id(owner), name
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
                 entry = _Entry(owner)
-                value = make(getattr(owner, name))
+                value = make(getattr(owner, name, None))
                 entry.original = vars(owner).get(name, _MISSING)
                 vars(owner)[name] = value
                 self._entries[key] = entry
