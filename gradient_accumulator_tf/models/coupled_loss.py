@@ -233,8 +233,10 @@ def _loss_of_rows(model, data, node, rows, training=True):
         x, y, sample_weight = data
         return _keras.compute_loss(model, x, y, y_pred, sample_weight, training)
 
-    loss = _as_one_replica(model, compute) if _is_over_replicas(model) else compute()
-    _keras.clear_added_losses(model)
+    # A loss may wait for the other replicas, which add losses of their own meanwhile.
+    with _keras.added_losses_of_each_replica(model):
+        loss = _as_one_replica(model, compute) if _is_over_replicas(model) else compute()
+        _keras.clear_added_losses(model)
     return check_total_loss(loss)
 
 
