@@ -18,7 +18,7 @@ FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
 # Keras warns where data of unknown length end before it expects it.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @settings(
-    max_examples=FUZZ_EXAMPLES or 25,
+    max_examples=FUZZ_EXAMPLES or 15,
     derandomize=not FUZZ_EXAMPLES,
     database=None,  # no file outside of a temporary folder
     deadline=None,
