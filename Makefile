@@ -5,9 +5,10 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 # Test processes at a time; each needs a core and up to 4 GB.
 JOBS ?= 2
-LONGEST := random_cases coupled_loss exact_batch_norm multi_worker evaluation batch_norm callbacks \
-	non_finite replicas replicas_contract model_losses gradient_checkpointing exact_mean one_device equivalence model_data \
-	model_training package layer_swap wrapped_methods accum_steps optimizer_contract
+LONGEST := random_cases coupled_loss exact_batch_norm multi_worker evaluation batch_norm \
+	callbacks non_finite replicas replicas_contract model_losses gradient_checkpointing exact_mean \
+	one_device equivalence model_data model_training package layer_swap wrapped_methods accum_steps \
+	optimizer_contract
 
 # Which benchmarks, and where their figures and pictures go: make benchmarks BENCHMARKS=memory
 BENCHMARKS ?= overhead memory communication compile_time batch_norm coupled_loss checkpointing
