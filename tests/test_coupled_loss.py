@@ -863,6 +863,33 @@ def test_an_output_without_a_row_for_each_example_is_refused(output, message):
         _train(case, _coupled, examples=LARGE)
 
 
+def test_rows_of_unknown_shape_are_counted_too():
+    def both_views(tokens):
+        return keras.ops.concatenate([tokens, -tokens], axis=0)
+
+    inputs = keras.Input((None, 2))
+    outputs = layers.Lambda(both_views, output_shape=(None, 2))(inputs)
+    model = _coupled(keras.Model(inputs, layers.Dense(2)(outputs)), micro_batch_size=4)
+    model.compile("sgd", lambda y, z: tf.reduce_mean(z**2), jit_compile=False)
+    data = tf.data.Dataset.from_tensors((np.ones((10, 3, 2)), np.ones((10, 1))))
+    data = data.map(lambda x, y: (tf.ensure_shape(x, (None, None, 2)), y))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"as many as the examples"):
+        model.fit(data, verbose=0)
+
+
+def test_an_added_loss_that_is_no_value_for_each_example_is_said():
+    class Adds(layers.Layer):
+        def call(self, inputs):
+            self.add_loss(tf.reduce_mean(inputs**2, axis=0))
+            return inputs
+
+    model = _coupled(_dense_around(Adds)())
+    model.compile("sgd", supervised_contrastive)
+    x, y = CASES["supervised_contrastive"].arrays(LARGE)
+    with pytest.warns(UserWarning, match="counts as a sum over the examples"):
+        model.train_on_batch(x, y)
+
+
 def test_classes_are_in_every_batch():
     # Otherwise several of the losses would compare nothing.
     labels = coupled_losses.data(EXAMPLES)["labels"]

@@ -1,7 +1,6 @@
 """What sees the terms of a model's loss, and finds out what Keras divided each of them by."""
 
 import contextlib
-import warnings
 
 import keras
 import tensorflow as tf
@@ -9,7 +8,7 @@ import tensorflow as tf
 from gradient_accumulator_tf import _keras
 from gradient_accumulator_tf._keras.substitutions import SUBSTITUTIONS
 from gradient_accumulator_tf.cycle.batches import checked_targets
-from gradient_accumulator_tf.cycle.losses import Term
+from gradient_accumulator_tf.cycle.losses import Term, counts_as_sum
 from gradient_accumulator_tf.replicated.replicas import undo_averaging
 
 
@@ -125,25 +124,9 @@ class LossRecorder:
 
     def _replace_added(self, loss, value):
         """What counts in place of `value`, the sum of the tensor that `add_loss` was given."""
-        shape = loss.shape
-        if shape.rank is None:
-            raise ValueError(
-                "A loss given to `add_loss` must have a known rank: a scalar is a mean over the "
-                f"examples, and all else a sum over them. Received: {loss}, of an unknown shape. "
-                "Tell its shape with tf.ensure_shape."
-            )
         known = isinstance(self._examples, int) or tf.executing_eagerly()
-        examples = int(self._examples) if known else None
-        if shape[0] not in (None, examples) and shape.num_elements() != 1:
-            warnings.warn(
-                "A loss given to `add_loss` counts as a sum over the examples if it is not a "
-                f"scalar. Received: shape {shape} for a micro-batch of "
-                f"{examples or 'any number of'} examples, which is not a value for "
-                "each of them. If it is a mean over the examples, or does not depend on them, pass "
-                "the scalar keras.ops.sum(loss). If it is a sum, pass "
-                "keras.ops.reshape(keras.ops.sum(loss), (1,)), which does not warn.",
-                stacklevel=2,
-            )
+        if not counts_as_sum(loss, int(self._examples) if known else None):
+            return value
         leaf = self._watched(value)
         self._added.append(Term(value, None, averaged=False, leaf=leaf, compiled=False))
         return leaf

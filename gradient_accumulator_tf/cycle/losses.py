@@ -14,6 +14,7 @@ given to `add_loss`, a `compute_loss` of the user's) count for the examples.
 
 import dataclasses
 import numbers
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -242,6 +243,40 @@ def with_coefficients(terms, tape, loss):
         else t._replace(coefficient=tape.gradient(loss, t.leaf, unconnected_gradients="zero"))
         for t in terms
     ]
+
+
+def counts_as_sum(loss, examples):
+    """Whether what was given to `add_loss` is a sum over examples: all but a scalar is.
+
+    It warns of a tensor that is not a value for each example.
+
+    Args:
+        loss: The tensor.
+        examples: int, the examples of the micro-batch; None if they are not known.
+
+    Raises:
+        ValueError: If its rank is not known.
+    """
+    shape = loss.shape
+    if shape.rank is None:
+        raise ValueError(
+            "A loss given to `add_loss` must have a known rank: a scalar is a mean over the "
+            f"examples, and all else a sum over them. Received: {loss}, of an unknown shape. "
+            "Tell its shape with tf.ensure_shape."
+        )
+    if shape.rank == 0:
+        return False
+    if shape[0] not in (None, examples) and shape.num_elements() != 1:
+        warnings.warn(
+            "A loss given to `add_loss` counts as a sum over the examples if it is not a "
+            f"scalar. Received: shape {shape} for a micro-batch of "
+            f"{examples or 'any number of'} examples, which is not a value for "
+            "each of them. If it is a mean over the examples, or does not depend on them, pass "
+            "the scalar keras.ops.sum(loss). If it is a sum, pass "
+            "keras.ops.reshape(keras.ops.sum(loss), (1,)), which does not warn.",
+            stacklevel=2,
+        )
+    return True
 
 
 def check_total_loss(loss):

@@ -33,8 +33,10 @@ def gathered(kept, batch, micro_batch_size, name):
             "inputs a static shape, or compile with jit_compile=False."
         )
     if not isinstance(looped, list):
-        return looped.concat()
-    return tf.concat(looped, 0) if looped else kept.rest
+        rows = looped.concat()
+    else:
+        rows = tf.concat(looped, 0) if looped else kept.rest
+    return _with_a_row_for_each(batch.examples, rows, name)
 
 
 def _scattered(kept, batch, micro_batch_size, name):
@@ -42,7 +44,8 @@ def _scattered(kept, batch, micro_batch_size, name):
 
     def step(numbers, rows):
         (numbers,) = numbers
-        return (numbers, _with_a_row_for_each(numbers, rows, name)), [], None
+        examples = tf.shape(numbers)[0] if numbers.shape[0] is None else numbers.shape[0]
+        return (numbers, _with_a_row_for_each(examples, rows, name)), [], None
 
     def zeros(like):
         _, rows = like
@@ -58,25 +61,16 @@ def _scattered(kept, batch, micro_batch_size, name):
     return total
 
 
-def _with_a_row_for_each(numbers, rows, name):
-    """The rows, once they are known to be as many as the examples."""
-    rule = "The rows of a micro-batch must be as many as its examples where all examples meet."
+def _with_a_row_for_each(examples, rows, name):
+    """The rows, once they are known to be as many as the examples: an int or an int32 scalar."""
+    rule = "Rows must be as many as the examples where all examples meet. Received:"
     remedy = "Reshape them to (examples, ...): two rows for each example are (examples, 2, ...)."
-    examples, found = numbers.shape[0], rows.shape[0]
-    if examples is None or found is None:
-        received = [
-            rule,
-            f"Received: {name} of shape",
-            tf.shape(rows),
-            "for",
-            tf.shape(numbers)[0],
-            remedy,
-        ]
-        return with_rows(
-            rows, tf.shape(numbers)[0], received, f"{name} must have a row for each example"
-        )
+    found = rows.shape[0]
+    if not isinstance(examples, int) or found is None:
+        received = [rule, f"{name} of shape", tf.shape(rows), "for", examples, remedy]
+        return with_rows(rows, examples, received, f"{name} must have a row for each example")
     if examples != found:
-        raise ValueError(f"{rule} Received: {name} of shape {rows.shape} for {examples}. {remedy}")
+        raise ValueError(f"{rule} {name} of shape {rows.shape} for {examples}. {remedy}")
     return rows
 
 

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from gradient_accumulator_tf.cycle import outputs
+from gradient_accumulator_tf.cycle.losses import counts_as_sum
 
 
 class LossNode:
@@ -49,9 +50,14 @@ class LossNode:
                 continue
             _check_output(i, leaf)
             taken.update(((kind, i), part) for kind, part in outputs.parts_of(leaf).items())
-        rows = tf.shape(next(iter(taken.values())))[0]
+        first = next(iter(taken.values()))
+        rows = tf.shape(first)[0]
         for i, loss in enumerate(losses):
-            taken[_KIND_OF[_is_sum(loss)], i] = _as_rows(loss, rows)
+            if counts_as_sum(loss, first.shape[0]):
+                total = tf.reduce_sum(loss)
+                taken["sum", i] = tf.fill([rows], total / tf.cast(rows, total.dtype))
+            else:
+                taken["mean", i] = tf.fill([rows], loss)
         if weight is not None and losses:
             taken["weight", 0] = tf.fill(
                 [rows], tf.cast(weight, tf.float64) / tf.cast(rows, tf.float64)
@@ -90,28 +96,6 @@ class LossNode:
             elif kind == "mean":
                 losses.append(_mean(rows, tf.cast(weights, rows.dtype)))
         return y_pred, losses
-
-
-_KIND_OF = {True: "sum", False: "mean"}
-
-
-def _is_sum(loss):
-    """Whether what was given to `add_loss` is a sum over examples: all but a scalar is."""
-    if loss.shape.rank is None:
-        raise ValueError(
-            "A loss given to `add_loss` must have a known rank: a scalar is a mean over the "
-            f"examples, and all else a sum over them. Received: {loss}, of an unknown shape. "
-            "Tell its shape with tf.ensure_shape."
-        )
-    return loss.shape.rank > 0
-
-
-def _as_rows(loss, rows):
-    """A loss with a row for each example, whose mean or sum over these it is."""
-    if not _is_sum(loss):
-        return tf.fill([rows], loss)
-    total = tf.reduce_sum(loss)
-    return tf.fill([rows], total / tf.cast(rows, total.dtype))
 
 
 def _mean(rows, weights):
