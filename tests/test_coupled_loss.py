@@ -871,8 +871,13 @@ def test_rows_of_unknown_shape_are_counted_too():
     outputs = layers.Lambda(both_views, output_shape=(None, 2))(inputs)
     model = _coupled(keras.Model(inputs, layers.Dense(2)(outputs)), micro_batch_size=4)
     model.compile("sgd", lambda y, z: tf.reduce_mean(z**2), jit_compile=False)
-    data = tf.data.Dataset.from_tensors((np.ones((10, 3, 2)), np.ones((10, 1))))
-    data = data.map(lambda x, y: (tf.ensure_shape(x, (None, None, 2)), y))
+    data = tf.data.Dataset.from_generator(
+        lambda: iter([(np.ones((10, 3, 2)), np.ones((10, 1)))]),
+        output_signature=(
+            tf.TensorSpec((None, None, 2), "float32"),
+            tf.TensorSpec((None, 1), "float32"),
+        ),
+    )
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"as many as the examples"):
         model.fit(data, verbose=0)
 
